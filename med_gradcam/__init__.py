@@ -1,0 +1,64 @@
+"""med_gradcam: why does a 3D network say so? Signed evidence maps, in the right place, that add up.
+
+The public names are loaded on first use; importing the package imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Explanation": "explanation",
+    "Geometry": "geometry",
+    "Heatmap": "maps",
+    "InputSpec": "model",
+    "MedGradcamError": "errors",
+    "Model": "model",
+    "Projection": "projection",
+    "Provenance": "provenance",
+    "Target": "target",
+    "Volume": "volume",
+    "draw": "maps",
+    "explain": "engine",
+    "inspect": "inspection",
+    "load_model": "loading",
+    "project": "projection",
+    "read": "loading",
+    "write": "delivery",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from med_gradcam.delivery import write as write
+    from med_gradcam.engine import explain as explain
+    from med_gradcam.errors import MedGradcamError as MedGradcamError
+    from med_gradcam.explanation import Explanation as Explanation
+    from med_gradcam.geometry import Geometry as Geometry
+    from med_gradcam.inspection import inspect as inspect
+    from med_gradcam.loading import load_model as load_model
+    from med_gradcam.loading import read as read
+    from med_gradcam.maps import Heatmap as Heatmap
+    from med_gradcam.maps import draw as draw
+    from med_gradcam.model import InputSpec as InputSpec
+    from med_gradcam.model import Model as Model
+    from med_gradcam.projection import Projection as Projection
+    from med_gradcam.projection import project as project
+    from med_gradcam.provenance import Provenance as Provenance
+    from med_gradcam.target import Target as Target
+    from med_gradcam.volume import Volume as Volume
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'med_gradcam' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"med_gradcam.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,186 @@
+"""What is the result: signed evidence per cell, where the cells lie, and what it adds up to?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from med_gradcam.calibration import Calibration
+from med_gradcam.errors import InputError
+from med_gradcam.geometry import Geometry
+from med_gradcam.provenance import Provenance
+from med_gradcam.target import Target
+
+Status = Literal["complete", "not_converged", "not_a_cut", "no_sum"]
+How = Literal["exact", "measured", "assumed"]
+STATUS_WORDS: dict[str, str] = {
+    "complete": "the map adds up to the score's difference from the reference",
+    "not_converged": "the integral has not converged: the map does not add up",
+    "not_a_cut": "part of the score flows past this layer: the map leaves that part out",
+    "no_sum": "this method does not promise a sum",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the evidence is relative to.
+
+    `kind`: tissue, zero, value, file or none (the method has no reference); `value` in the scan's
+    unit where there is one; `words` for people.
+    """
+
+    kind: str
+    value: float | None
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """How a layer's cells lie on the network's voxels: centre of cell i = start + i * jump.
+
+    `jump`, `start` and `receptive_field` in network voxels along the network's axes; `how`:
+    exact (recursion, checked by a probe), measured (probe only) or assumed.
+    """
+
+    jump: tuple[float, float, float]
+    start: tuple[float, float, float]
+    receptive_field: tuple[float, float, float]
+    how: How
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A ball that was replaced by the reference: what the map says and what the model did.
+
+    `net` is the map's sum in the ball, `effect` the score's true change, both in log-odds.
+    """
+
+    centre_ras_mm: tuple[float, float, float]
+    radius_mm: float
+    chosen: str
+    net: float
+    effect: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrial:
+    """How one candidate layer fared: causal slope and r over the regions, or why it was refused."""
+
+    layer: str
+    slope: float | None
+    r: float | None
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Explanation:
+    """Signed evidence (i, j, k) float32 per cell of `layer`, in the target's unit (log-odds).
+
+    `grid`: where the cells lie (the network's axes); `image`: the scan's own grid; `score` and
+    `reference_score` of the model; `bypassed`: the share of their difference that does not pass
+    through the layer. Positive cells raise the model's score, negative ones lower it.
+
+    Raises:
+        InputError: the evidence is not finite or not on its grid.
+    """
+
+    evidence: npt.NDArray[np.float32]
+    grid: Geometry
+    image: Geometry
+    score: float
+    reference_score: float | None
+    target: Target
+    method: str
+    layer: str
+    reference: Reference
+    cells: Cells
+    status: Status
+    cost_in_forwards: float
+    provenance: Provenance
+    bypassed: float | None = None
+    modality: str | None = None
+    calibration: Calibration | None = None
+    regions: tuple[Region, ...] = ()
+    trials: tuple[LayerTrial, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        evidence = np.array(self.evidence, dtype=np.float32)
+        if evidence.shape != self.grid.shape:
+            raise InputError(
+                f"expected evidence on a grid {self.grid.shape}, got shape {evidence.shape}."
+            )
+        if not np.isfinite(evidence).all():
+            raise InputError(
+                f"expected finite evidence, got {int((~np.isfinite(evidence)).sum())} "
+                f"NaN or infinite cells."
+            )
+        if self.status not in STATUS_WORDS:
+            raise InputError(f"expected a status of {list(STATUS_WORDS)}, got {self.status!r}.")
+        evidence.setflags(write=False)
+        object.__setattr__(self, "evidence", evidence)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Explanation):
+            return NotImplemented
+        return all(
+            np.array_equal(self.evidence, other.evidence)
+            if f.name == "evidence"
+            else bool(getattr(self, f.name) == getattr(other, f.name))
+            for f in fields(self)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.evidence.tobytes(), self.grid, self.score, self.layer, self.method))
+
+    @property
+    def sum_for(self) -> float:
+        """Sum of the cells that raise the score (float64)."""
+        return float(np.maximum(self.evidence, 0).sum(dtype=np.float64))
+
+    @property
+    def sum_against(self) -> float:
+        """Sum of the sizes of the cells that lower the score (float64)."""
+        return float(np.maximum(-self.evidence, 0).sum(dtype=np.float64))
+
+    @property
+    def residual(self) -> float | None:
+        """Score - reference_score - (for - against); None where the method promises no sum."""
+        if self.status == "no_sum" or self.reference_score is None:
+            return None
+        return self.score - self.reference_score - (self.sum_for - self.sum_against)
+
+    @property
+    def probability(self) -> float | None:
+        """The model's probability of the target; None where it gives none."""
+        return self.target.probability(self.score)
+
+    @property
+    def unit(self) -> str:
+        """Unit of the evidence: "log-odds" or "score"."""
+        return self.target.unit
+
+    @property
+    def cell_mm(self) -> tuple[float, float, float]:
+        """Distance between cell centres along the grid's axes, mm."""
+        return self.grid.spacing_mm
+
+    @property
+    def receptive_field_mm(self) -> tuple[float, float, float]:
+        """How far a cell sees along the grid's axes, mm."""
+        pairs = zip(self.cells.receptive_field, self.cells.jump, self.cell_mm, strict=True)
+        a, b, c = (field * mm / jump for field, jump, mm in pairs)
+        return a, b, c
+
+    @property
+    def smallest_localisable_mm(self) -> float:
+        """Two cells along the coarsest axis, mm: nothing smaller can be told apart (Nyquist)."""
+        return 2.0 * max(self.cell_mm)
+
+    def replace(self, **changes: Any) -> Explanation:
+        """A copy with some fields changed."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Explanation(**{**values, **changes})

@@ -1,0 +1,108 @@
+"""What does a network expect and mean: its input, labels, link function and digests?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from med_gradcam.calibration import Calibration
+from med_gradcam.errors import ModelError
+from med_gradcam.geometry import check_axcodes
+from med_gradcam.target import LINKS, Link
+
+if TYPE_CHECKING:
+    import torch
+
+Numbers = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One intensity step: its name and its numbers, one tuple per argument.
+
+    clip ((low,), (high,)); scale ((factor,),); normalise (means, sds), one per channel or one for
+    all; quantile_scale ((low,), (high,)) quantiles to 0..1, clipped.
+    """
+
+    name: str
+    arguments: tuple[Numbers, ...]
+
+    def __post_init__(self) -> None:
+        wanted = {"clip": 2, "scale": 1, "normalise": 2, "quantile_scale": 2}
+        if self.name not in wanted:
+            raise ModelError(
+                f"expected an intensity step of {', '.join(wanted)}, got {self.name!r}."
+            )
+        if len(self.arguments) != wanted[self.name] or not all(self.arguments):
+            raise ModelError(
+                f"expected {wanted[self.name]} arguments for the intensity step {self.name!r}, "
+                f"got {len(self.arguments)}."
+            )
+        low, high = self.arguments[0][0], self.arguments[-1][0]
+        if self.name == "clip" and low >= high:
+            raise ModelError(f"expected clip low < high, got {low} and {high}.")
+        if self.name == "quantile_scale" and not 0 <= low < high <= 1:
+            raise ModelError(f"expected quantiles 0 <= low < high <= 1, got {low} and {high}.")
+        if self.name == "normalise" and 0.0 in self.arguments[1]:
+            raise ModelError("expected standard deviations other than 0 in normalise, got 0.")
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """The array a network takes. None means: as the scan is.
+
+    `axes`: patient directions of the array's axes, "SPL" = superior, posterior, left; `patch` and
+    `min_patch` in voxels; `spacing_mm` along those axes; `intensity` the steps in order.
+    """
+
+    channels: int = 1
+    modality: str | None = None
+    axes: str | None = None
+    patch: tuple[int, int, int] | None = None
+    min_patch: tuple[int, int, int] | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    intensity: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ModelError(f"expected at least one input channel, got {self.channels}.")
+        if self.axes is not None:
+            object.__setattr__(self, "axes", check_axcodes(self.axes))
+        for name in ("patch", "min_patch", "spacing_mm"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != 3 or min(value) <= 0):
+                raise ModelError(f"expected three positive numbers as {name}, got {value}.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A network in eval mode and what it means.
+
+    `aliases`: short layer names -> torch module paths, the author's choice of layers to explain.
+    `calibration`: the fixed colour scales that came with the model.
+    """
+
+    net: torch.nn.Module
+    input: InputSpec
+    labels: tuple[str, ...] = ()
+    link: Link = "softmax"
+    name: str = "unnamed network"
+    weights_sha256: str = ""
+    licence: str = "not stated"
+    task: str = "classification"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    calibration: tuple[Calibration, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.link not in LINKS:
+            raise ModelError(f"expected a link of {', '.join(LINKS)}, got {self.link!r}.")
+        if len(set(self.labels)) != len(self.labels):
+            raise ModelError(f"expected different labels, got {list(self.labels)}.")
+        object.__setattr__(self, "aliases", MappingProxyType(dict(self.aliases)))
+
+    def scale_for(self, target: str, method: str, layer: str) -> Calibration | None:
+        """The calibrated colour scale of a (target, method, layer), if the model carries one."""
+        key = (target, method, layer)
+        return next((c for c in self.calibration if (c.target, c.method, c.layer) == key), None)
