@@ -1,0 +1,199 @@
+"""Which layer's map agrees with what the model really does when a region is taken away?
+
+Balls are filled with reference tissue (with its texture) in the input, the score's change is the
+truth; each candidate layer's map says what it thinks the ball is worth. The layer whose slope
+(ledger per true effect) is nearest 1 wins, ties go to the coarser one. Source: shared measurements
+on a trained CT network, where the last block keeps 12 % of the effect and an earlier one 95 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from med_gradcam.explanation import LayerTrial, Region
+from med_gradcam.geometry import Geometry
+from med_gradcam.maps import drawing
+from med_gradcam.prepare import Prepared
+from med_gradcam.reference import ReferenceInput
+
+RADIUS_MM = 8.0
+TEXTURES = 2  # each ball is filled twice, with different noise: 4 balls, 8 forwards
+TIE = 0.1  # slopes this close to each other are a tie
+SMALL_SHARE = 0.02  # effects below this share of the score's difference choose nothing
+
+Scores = Callable[[npt.NDArray[np.float32]], float]
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CandidateMap:
+    """One candidate layer's evidence (i, j, k) on its cells; candidates come coarsest first."""
+
+    layer: str
+    evidence: Values
+    grid: Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The layer that won, how each fared, and the regions that decided."""
+
+    layer: str
+    trials: tuple[LayerTrial, ...]
+    regions: tuple[Region, ...]
+    note: str
+
+
+def ball(grid: Geometry, centre: Sequence[int], radius_mm: float) -> npt.NDArray[np.float32]:
+    """A soft ball (0..1) on a grid; the edge is one voxel wide."""
+    distance = np.zeros(grid.shape)
+    steps = grid.affine[:3, :3]
+    axes = [np.arange(n) - c for n, c in zip(grid.shape, centre, strict=True)]
+    i, j, k = np.meshgrid(*axes, indexing="ij", sparse=True)
+    for row in steps:
+        distance = distance + (row[0] * i + row[1] * j + row[2] * k) ** 2
+    edge = max(grid.spacing_mm)
+    return np.clip((radius_mm - np.sqrt(distance)) / edge + 0.5, 0, 1).astype(np.float32)
+
+
+def radius_for(grid: Geometry) -> float:
+    """8 mm, but at least two voxels and at most a quarter of the smallest side."""
+    sides = [n * s for n, s in zip(grid.shape, grid.spacing_mm, strict=True)]
+    return float(min(max(RADIUS_MM, 2 * max(grid.spacing_mm)), min(sides) / 4))
+
+
+def pick_regions(
+    maps: Sequence[CandidateMap], grid: Geometry, seed: int
+) -> list[tuple[str, tuple[int, int, int]]]:
+    """Centres of four balls that do not overlap.
+
+    Where the candidates' mean map raises most and lowers most, and two at random.
+    """
+    mean = np.mean(
+        [drawing(m.grid, grid).spread(m.evidence) for m in maps], axis=0, dtype=np.float64
+    )
+    radius = radius_for(grid)
+    middle = tuple(n // 2 for n in grid.shape)
+    kernel = np.fft.rfftn(np.roll(ball(grid, middle, radius), [-m for m in middle], (0, 1, 2)))
+    in_ball = np.fft.irfftn(np.fft.rfftn(mean) * kernel, s=grid.shape, axes=(0, 1, 2))
+    free = np.zeros(grid.shape, dtype=bool)
+    rim = [
+        min(int(np.ceil(radius / s)), (n - 1) // 2)
+        for n, s in zip(grid.shape, grid.spacing_mm, strict=True)
+    ]
+    free[tuple(slice(r, n - r) for r, n in zip(rim, grid.shape, strict=True))] = True
+    generator = np.random.default_rng(seed)
+    picked: list[tuple[str, tuple[int, int, int]]] = []
+    for chosen in ("top raising", "top lowering", "random", "random"):
+        if not free.any():
+            break
+        if chosen == "random":
+            flat = int(generator.choice(np.flatnonzero(free)))
+        else:
+            value = in_ball if chosen == "top raising" else -in_ball
+            flat = int(np.where(free, value, -np.inf).argmax())
+        i, j, k = (int(n) for n in np.unravel_index(flat, grid.shape))
+        picked.append((chosen, (i, j, k)))
+        free &= ball(grid, (i, j, k), 2 * radius + max(grid.spacing_mm)) == 0
+    return picked
+
+
+def effects(
+    prepared: Prepared,
+    reference: ReferenceInput,
+    centres: Sequence[tuple[int, int, int]],
+    score: Scores,
+    seed: int,
+) -> list[float]:
+    """The mean score (log-odds) when each ball is filled with textured reference tissue."""
+    generator = np.random.default_rng(seed)
+    radius = radius_for(prepared.grid)
+    sd = np.array(reference.noise, dtype=np.float32)[:, None, None, None]
+    without = []
+    for centre in centres:
+        mask = ball(prepared.grid, centre, radius)[None]
+        found = []
+        for _ in range(TEXTURES):
+            texture = generator.standard_normal(prepared.raw.shape, dtype=np.float32) * sd
+            filled = prepared.raw * (1 - mask) + mask * (reference.raw + texture)
+            found.append(score(prepared.network_input(filled)))
+        without.append(float(np.mean(found)))
+    return without
+
+
+def ledger(candidate: CandidateMap, grid: Geometry, mask: npt.ArrayLike) -> float:
+    """What a map says a soft mask on `grid` is worth: the sum of its cells' share in it."""
+    return float((drawing(candidate.grid, grid).gather(mask) * candidate.evidence).sum())
+
+
+def slope_and_r(says: Sequence[float], true: Sequence[float]) -> tuple[float | None, float | None]:
+    """Least-squares slope through the origin of what the map says on the true effects, and r."""
+    e, d = np.asarray(says), np.asarray(true)
+    if float((d * d).sum()) == 0:
+        return None, None
+    slope = float((e * d).sum() / (d * d).sum())
+    flat = len(d) < 2 or e.std() == 0 or d.std() == 0
+    return slope, None if flat else float(np.corrcoef(e, d)[0, 1])
+
+
+def choose(
+    maps: Sequence[CandidateMap],
+    prepared: Prepared,
+    reference: ReferenceInput,
+    scores: tuple[Scores, float, float],
+    seed: int,
+) -> Choice:
+    """The candidate whose map agrees best with the model.
+
+    `maps` come coarsest first; `scores` holds the scoring function, the scan's score and its
+    difference from the reference.
+    """
+    score, here, difference = scores
+    picked = pick_regions(maps, prepared.grid, seed)
+    centres = [centre for _, centre in picked]
+    true = [here - z for z in effects(prepared, reference, centres, score, seed)]
+    radius = radius_for(prepared.grid)
+    masks = [ball(prepared.grid, centre, radius) for centre in centres]
+    says = {m.layer: [ledger(m, prepared.grid, mask) for mask in masks] for m in maps}
+    fitted = {layer: slope_and_r(values, true) for layer, values in says.items()}
+    trials = tuple(LayerTrial(layer, slope, r) for layer, (slope, r) in fitted.items())
+    winner, note = _winner(fitted, true, difference)
+    regions = tuple(
+        Region(_point(prepared.grid, centre), radius, chosen, net, effect)
+        for (chosen, centre), net, effect in zip(picked, says[winner], true, strict=True)
+    )
+    return Choice(winner, trials, regions, note)
+
+
+def _point(grid: Geometry, centre: tuple[int, int, int]) -> tuple[float, float, float]:
+    x, y, z = grid.world_ras(centre).tolist()
+    return x, y, z
+
+
+def _winner(
+    fitted: Mapping[str, tuple[float | None, float | None]],
+    true: Sequence[float],
+    difference: float,
+) -> tuple[str, str]:
+    layers = list(fitted)
+    off = {n: abs(slope - 1) for n, (slope, _) in fitted.items() if slope is not None}
+    if not off or max(abs(t) for t in true) <= SMALL_SHARE * max(abs(difference), 1e-12):
+        fallback = layers[max(0, len(layers) - 2)]
+        return fallback, (
+            "no tested region moves the score, so the layer could not be chosen by its causal "
+            "slope; the second finest candidate was taken"
+        )
+    best = min(off.values())
+    winner = next(n for n in layers if off.get(n, np.inf) <= best + TIE)  # the coarsest of a tie
+    slope = fitted[winner][0]
+    note = ""
+    if slope is not None and not 0.7 <= slope <= 1.3:
+        note = (
+            f"the chosen layer's map gives {slope:.0%} of what the model really does when regions "
+            f"are removed: read amounts with care"
+        )
+    return winner, note

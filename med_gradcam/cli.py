@@ -1,0 +1,107 @@
+"""med-gradcam: the command line. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from med_gradcam import __version__, commands
+from med_gradcam.errors import MedGradcamError
+
+_EPILOG = "exit codes: 0 done, 2 usage, 3 bad file, 4 cannot be explained, 5 no room, 130 stopped"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="med-gradcam",
+        description="Evidence for and against a 3D network's finding, in the right place.",
+        epilog=_EPILOG,
+    )
+    top.add_argument("--version", action="version", version=f"med-gradcam {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON")
+    common.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    common.add_argument("--quiet", action="store_true", help="no progress")
+    commands_ = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _explain(commands_.add_parser("explain", parents=[common], help="explain one scan"))
+    demo = commands_.add_parser("demo", parents=[common], help="the whole path on sample scans")
+    demo.add_argument("--open", action="store_true", help="open the result in napari")
+    _output(demo, required=False)
+    _runtime(demo)
+    inspect = commands_.add_parser("inspect", parents=[common], help="what a model or a scan is")
+    inspect.add_argument("model", metavar="MODEL", help="model folder, module:function, or a scan")
+    inspect.add_argument("image", metavar="IMAGE", nargs="?", help="a scan to try it on")
+    inspect.add_argument("--at", help="centre of the patch, as in explain")
+    inspect.add_argument("--all", action="store_true", help="all layers, not only the candidates")
+    inspect.add_argument("--trust", action="append", default=[], choices=["code"])
+    for name, what in (
+        ("methods", "the methods, one line each"),
+        ("models", "the model formats, one line each"),
+        ("formats", "the file formats, one line each"),
+    ):
+        commands_.add_parser(name, parents=[common], help=what)
+    return top
+
+
+def _explain(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    add("image", metavar="IMAGE", nargs="+", help="NIfTI file or DICOM folder; one per channel")
+    add("--model", required=True, help="model folder, or module:function with --trust code")
+    add("--target", default="auto", help="auto, a label, an index, #3 or A-vs-B")
+    add("--layer", default="auto", help="auto, a torch module path or an alias of the model")
+    add("--method", default="integrated", help="see `med-gradcam methods`")
+    add(
+        "--reference", default="auto", help="auto, tissue, zero, value:X or a scan on the same grid"
+    )
+    add("--at", help="centre of the patch: ras:X,Y,Z, lps:X,Y,Z (mm) or ijk:I,J,K (voxels)")
+    add("--precise", action="store_true", help="sums within 1 %% instead of 5 %%")
+    add("--formats", help="nifti,png,dicom (default: nifti,png; and dicom for a DICOM scan)")
+    add(
+        "--trust", action="append", default=[], choices=["code"], help="allow the model to run code"
+    )
+    add("--identified", action="store_true", help="allow the patient's identity in the outputs")
+    _output(sub, required=True)
+    _runtime(sub)
+
+
+def _output(sub: argparse.ArgumentParser, *, required: bool) -> None:
+    sub.add_argument("-o", "--output", metavar="DIR", required=required, help="output folder")
+    sub.add_argument("--overwrite", action="store_true", help="replace the output folder whole")
+
+
+def _runtime(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    sub.add_argument("--threads", type=int, help="threads for torch")
+    sub.add_argument("--seed", type=int, default=0, help="for the random regions of --layer auto")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors are one sentence on stderr."""
+    args = parser().parse_args(argv)
+    try:
+        return commands.run(args)
+    except MedGradcamError as error:
+        code, message = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped; nothing was written."
+    except BrokenPipeError:
+        return 0
+    except MemoryError:
+        code, message = 5, "expected more memory than this machine has free; try a deeper --layer."
+    except Exception as error:  # noqa: BLE001 - the last door: a sentence, not a traceback
+        code = 1
+        message = (
+            f"an internal error ({type(error).__name__}: {error}); "
+            f"run again with --debug and report what it shows."
+        )
+    if args.debug:
+        traceback.print_exc()
+    print(f"med-gradcam: {message}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,261 @@
+"""What does each command of med-gradcam do? Heavy packages are imported inside the functions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from med_gradcam import _plugins
+from med_gradcam.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from med_gradcam.explanation import Explanation
+    from med_gradcam.model import Model
+    from med_gradcam.progress import Progress, Step
+    from med_gradcam.volume import Volume
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command that was parsed; returns the exit code."""
+    table: dict[str, Callable[[argparse.Namespace], int]] = {
+        "explain": _explain,
+        "demo": _demo,
+        "inspect": _inspect,
+        "methods": _list,
+        "models": _list,
+        "formats": _list,
+    }
+    return table[args.command](args)
+
+
+def say(text: str) -> None:
+    """A line of the result, on stdout."""
+    print(text)  # noqa: T201
+
+
+def tell(text: str) -> None:
+    """A line about the work, on stderr."""
+    print(text, file=sys.stderr)  # noqa: T201
+
+
+# ----------------------------------------------------------------------------------- explain
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from med_gradcam import delivery, loading
+    from med_gradcam.geometry import point_words, side_words
+    from med_gradcam.prepare import parse_point
+
+    delivery.check_output(Path(args.output), overwrite=args.overwrite)
+    if args.formats is not None:  # a wrong name costs no prediction
+        delivery.check_names(_split(args.formats))
+    model = loading.load_model(args.model, args.trust)
+    volume = loading.read(args.image)
+    if args.at is not None:
+        point = parse_point(args.at, volume.grid)
+        tell(f"looking at {point_words(point)}, {side_words(point)}")
+    explanation = explain_case(volume, model, args)
+    folder = _deliver(explanation, volume, args)
+    if args.json:
+        say((folder / "explanation.json").read_text(encoding="utf-8"))
+        return 0
+    say(table([(explanation.target.label, explanation)]))
+    for line in notes(explanation):
+        say(line)
+    say(f"written to {folder}")
+    return 0
+
+
+def explain_case(volume: Volume, model: Model, args: argparse.Namespace) -> Explanation:
+    """One explanation with the settings of a command line, under a progress bar."""
+    from med_gradcam import engine, loading
+
+    reference: str | Volume = getattr(args, "reference", "auto")
+    if isinstance(reference, str) and Path(reference).exists():
+        reference = loading.read(reference)
+    with progress_bar(quiet=args.quiet) as progress:
+        return engine.explain(
+            volume,
+            model,
+            target=getattr(args, "target", "auto"),
+            layer=getattr(args, "layer", "auto"),
+            method=getattr(args, "method", "integrated"),
+            reference=reference,
+            at=getattr(args, "at", None),
+            precise=getattr(args, "precise", False),
+            device=_device(args.device),
+            threads=args.threads,
+            seed=args.seed,
+            progress=progress,
+        )
+
+
+def _device(wish: str) -> str:
+    if wish != "auto":
+        return wish
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _deliver(explanation: Explanation, volume: Volume, args: argparse.Namespace) -> Path:
+    from med_gradcam import delivery
+
+    default = ("nifti", "png", "dicom") if volume.source.kind == "dicom" else ("nifti", "png")
+    wish = getattr(args, "formats", None)
+    with progress_bar(quiet=args.quiet) as progress:
+        return delivery.write(
+            explanation,
+            args.output,
+            volume=volume,
+            formats=default if wish is None else _split(wish),
+            overwrite=args.overwrite,
+            identified=getattr(args, "identified", False),
+            progress=progress,
+        )
+
+
+def table(cases: list[tuple[str, Explanation]]) -> str:
+    """Finding, score, reference, for, against and residual, one line per case."""
+    head = ("finding", "score", "reference", "for", "against", "residual", "probability", "layer")
+    rows: list[tuple[str, ...]] = [head]
+    for name, e in cases:
+        numbers = [e.score, e.reference_score, e.sum_for, -e.sum_against, e.residual]
+        rows.append(
+            (
+                name,
+                *("-" if n is None else f"{n:+.3f}" for n in numbers),
+                "-" if e.probability is None else f"{e.probability:.4f}",
+                e.layer,
+            )
+        )
+    widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * max(len(x) for x in lines), *lines[1:]])
+
+
+def notes(e: Explanation) -> list[str]:
+    """What must be said beside the numbers."""
+    from med_gradcam.explanation import STATUS_WORDS
+    from med_gradcam.summary import peaks
+
+    words = {"for": "raises", "against": "lowers"}
+    lines = [
+        f"{e.unit} relative to {e.reference.words}; {STATUS_WORDS[e.status]}; "
+        f"cost {e.cost_in_forwards:g} forwards",
+        "cells "
+        + " x ".join(f"{mm:.1f}" for mm in e.cell_mm)
+        + f" mm ({e.cells.how}); nothing under {e.smallest_localisable_mm:.0f} mm is told apart",
+    ]
+    lines += [
+        f"{words[peak.polarity]} the model's score most at {peak.words} ({peak.side}), "
+        f"{peak.per_ml:.3g} {e.unit} per mL"
+        for peak in peaks(e, most=1)
+    ]
+    return [*lines, *(f"note: {w}" for w in e.warnings)]
+
+
+@contextmanager
+def progress_bar(*, quiet: bool) -> Iterator[Progress]:
+    """A bar on stderr for work over a second; says nothing when stderr is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield _no_progress
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(step: Step) -> None:
+            if step.done >= 0:
+                bar.update(task, total=step.total, completed=step.done, description=step.what)
+
+        yield show
+
+
+def _no_progress(step: Step) -> None:
+    del step
+
+
+# -------------------------------------------------------------------------------------- demo
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from med_gradcam import delivery, demo
+
+    folder = Path(args.output or "med_gradcam_demo")
+    delivery.check_output(folder, overwrite=args.overwrite)
+    finished = demo.run(folder, args, explain_case)
+    if args.json:
+        say(json.dumps([c.as_json() for c in finished.cases], indent=1))
+    else:
+        say(table([(case.name, case.explanation) for case in finished.cases]))
+        say("for raises the model's score, against lowers it; both in log-odds")
+        say(f"written to {folder}")
+    if args.open:
+        _open_napari(finished.to_show)
+    return 0
+
+
+def _open_napari(folder: Path) -> None:
+    try:
+        import napari
+    except ImportError as error:
+        raise UsageError(
+            "expected napari for --open; install it with: pip install 'med-gradcam[napari]' PyQt6."
+        ) from error
+    viewer = napari.Viewer()
+    viewer.open(folder, plugin="med-gradcam")
+    napari.run()
+
+
+# ----------------------------------------------------------------------------------- inspect
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from med_gradcam import inspection, loading
+
+    try:
+        model = loading.load_model(args.model, args.trust)
+    except ModelError:
+        there = Path(args.model)
+        if args.image is not None or not there.exists() or (there / "spec.json").exists():
+            raise  # it was meant as a model
+        report = inspection.of_scan(loading.read(args.model))
+    else:
+        scan = None if args.image is None else loading.read(args.image)
+        report = inspection.inspect(model, scan, args.at, every=args.all)
+    say(json.dumps(report, indent=1) if args.json else inspection.as_text(report))
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    rows: list[dict[str, Any]] = []
+    for name in _plugins.names(args.command):
+        module = _plugins.load(args.command, name)
+        rows.append({"name": name, "title": module.TITLE})
+        if args.command == "methods":
+            rows[-1] |= {"source": module.SOURCE, "cannot_show": module.CANNOT_SHOW}
+    if args.json:
+        say(json.dumps(rows, indent=1))
+        return 0
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        say(f"{row['name']:<{width}}  {row['title']}")
+    return 0

@@ -1,0 +1,165 @@
+"""How does an explanation become a folder of files that is complete or absent?"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from med_gradcam import _plugins
+from med_gradcam.bundle import Bundle
+from med_gradcam.errors import (
+    MedGradcamError,
+    OutputExistsError,
+    ResourceError,
+    UnknownNameError,
+    UsageError,
+)
+from med_gradcam.explanation import Explanation
+from med_gradcam.maps import draw
+from med_gradcam.progress import Progress, Step, silent
+from med_gradcam.record import to_json, to_record
+from med_gradcam.volume import Volume
+
+WRITERS = {"nifti": "nifti", "png": "png", "dicom": "dicom_parametric_map"}
+
+
+def check_names(formats: Sequence[str]) -> None:
+    """Refuse names of formats that cannot be written.
+
+    Raises:
+        UnknownNameError: with the near ones.
+    """
+    for name in formats:
+        if name not in WRITERS:
+            raise UnknownNameError("output format", name, WRITERS)
+
+
+def check_formats(formats: Sequence[str], volume: Volume | None) -> tuple[str, ...]:
+    """The wished formats, each known and possible.
+
+    Raises:
+        UnknownNameError: a format that cannot be written.
+        UsageError: DICOM without a DICOM source.
+    """
+    check_names(formats)
+    if "dicom" in formats and (volume is None or volume.source.kind != "dicom"):
+        raise UsageError(
+            "expected a scan read from DICOM for the format 'dicom', since the maps refer to its "
+            "slices; leave 'dicom' out, or give the DICOM folder."
+        )
+    return tuple(dict.fromkeys(formats))
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be written, before any work is done.
+
+    Raises:
+        OutputExistsError: it exists, and overwrite was not asked for or it is not one of ours.
+        ResourceError: its parent cannot be written.
+    """
+    if folder.exists():
+        if not overwrite:
+            raise OutputExistsError(
+                f"the output folder {str(folder)!r} exists already; choose another name, or say "
+                f"--overwrite to replace it whole."
+            )
+        ours = folder.is_dir() and (
+            (folder / "explanation.json").is_file() or not any(folder.iterdir())
+        )
+        if not ours:
+            raise OutputExistsError(
+                f"{str(folder)!r} holds no explanation.json, so it is not one of our output "
+                f"folders and will not be replaced; choose another name."
+            )
+    parent = folder.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise _resource(error, parent) from error
+
+
+def write(  # noqa: PLR0913 - the door out, as explain() is the door in
+    explanation: Explanation,
+    directory: str | Path,
+    *,
+    volume: Volume | None = None,
+    formats: Sequence[str] = ("nifti", "png"),
+    overwrite: bool = False,
+    identified: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Write the maps of an explanation into a new folder, all files or none; returns the folder.
+
+    `volume`: the scan, drawn under the pictures and needed for DICOM. `formats`: nifti, png, dicom;
+    explanation.json is always written. Without `identified` no name, id, path or file name of the
+    source goes into any file.
+
+    Raises:
+        UsageError: unknown formats, or a folder that exists.
+        ResourceError: no room or no permission; nothing is left behind.
+    """
+    folder = Path(directory)
+    wished = check_formats(formats, volume)
+    check_output(folder, overwrite=overwrite)
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.absolute().parent))
+    except OSError as error:
+        raise _resource(error, folder) from error
+    try:
+        maps = draw(explanation)
+        bundle = Bundle(explanation, maps, volume, identified)
+        for done, name in enumerate(wished):
+            progress(Step(done, len(wished) + 1, f"writing {name}"))
+            _plugins.load("formats", WRITERS[name]).save(bundle, partial)
+        text = to_json(to_record(explanation, maps))
+        (partial / "explanation.json").write_text(text, encoding="utf-8")
+        progress(Step(len(wished), len(wished) + 1, "writing"))
+
+        put_in_place(partial, folder)
+    except MedGradcamError:
+        raise
+    except OSError as error:
+        raise _resource(error, folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Put a finished folder in its place; an old one goes only when the new one is there."""
+    partial.chmod(0o777 & ~_umask())  # mkdtemp made it for its owner alone
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.absolute().parent))
+    folder.rename(old / "was")
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _resource(error: OSError, place: Path) -> ResourceError:
+    reasons = {
+        errno.ENOSPC: "no room is left on the disk",
+        errno.EDQUOT: "your disk quota is used up",
+        errno.EACCES: "you have no permission to write there",
+        errno.EPERM: "you have no permission to write there",
+        errno.EROFS: "the disk is read-only",
+        errno.ENOTDIR: "a part of the path is a file, not a folder",
+        errno.EEXIST: "a part of the path is a file, not a folder",
+    }
+    why = reasons.get(error.errno or 0, error.strerror or type(error).__name__)
+    return ResourceError(
+        f"expected to write {str(place)!r}, but {why}; choose another folder with -o."
+    )

@@ -1,0 +1,382 @@
+"""How does one scan become one explanation: the only place where everything meets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from med_gradcam import _plugins, causal, layers, reference
+from med_gradcam.capture import Capture, capture, captures, check_norm_trap, check_signal, outputs
+from med_gradcam.errors import CannotExplainError, MedGradcamError, ModelError, ResourceError
+from med_gradcam.explanation import Cells, Explanation, LayerTrial, Reference, Region, Status
+from med_gradcam.geometry import cells as cell_grid
+from med_gradcam.graph import Trace, trace
+from med_gradcam.intake import Request, as_model, as_volume, provenance
+from med_gradcam.methods import Bound, Evidence
+from med_gradcam.model import Model
+from med_gradcam.placement import place
+from med_gradcam.prepare import Prepared, prepare
+from med_gradcam.progress import Progress, Step, silent
+from med_gradcam.tail import at_rest, record
+from med_gradcam.target import Target, output_matrix, parse_target
+from med_gradcam.volume import Volume
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NORMAL, PRECISE = 0.05, 0.01  # share of the score's difference that a sum may miss
+ABSOLUTE = 0.02  # and never less than this, in log-odds
+NOT_A_CUT = 0.01  # share that may flow past a layer before the result says so
+REFERENCE_FREE = Reference("none", None, "no reference: this method looks at the scan alone")
+
+
+def explain(  # noqa: PLR0913 - the one door; each setting is a key of the JSON
+    image: object,
+    model: object,
+    *,
+    target: str | int = "auto",
+    layer: str = "auto",
+    method: str = "integrated",
+    reference: str | Volume = "auto",
+    at: str | None = None,
+    precise: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    affine: object = None,
+    link: str | None = None,
+    progress: Progress = silent,
+) -> Explanation:
+    """Signed evidence per cell of one layer for one scan; for = raises the score, against = lowers.
+
+    `image`: a Volume, or a bare array or tensor (I, J, K), (C, I, J, K) or (1, C, I, J, K) with an
+    optional `affine` (index -> RAS+ mm; voxels of 1 mm otherwise). `model`: a Model or a bare torch
+    module (`link` softmax, sigmoid or none says what its outputs mean). `target`: "auto", a label,
+    an index or "A-vs-B"; `layer`: "auto", a module path or an alias; `at`: the centre of the patch;
+    `precise`: sums within 1 % instead of 5 %. The model comes back bit for bit as it was.
+
+    Raises:
+        UsageError: an unknown target, layer or method, or a missing point.
+        ImageError, ModelError: scan and network do not fit.
+        CannotExplainError: no honest map exists; `reason` says why.
+        ResourceError: out of memory.
+        Cancelled: `progress` raised it.
+    """
+    request = Request(
+        str(target), layer, method, reference, at, precise, device, threads, seed, progress
+    )
+    found_model = as_model(model, image, link)
+    volume = as_volume(image, affine, found_model)
+    module = _plugins.load("methods", method)
+    prepared = prepare(volume, found_model, at)
+    with (
+        request.threads_set(),
+        request.on_device(found_model) as where,
+        at_rest(found_model.net),
+        stoppable(found_model.net, progress),
+        network_errors(found_model, prepared),
+    ):
+        return Case(request, volume, found_model, module, prepared, where).explained()
+
+
+@dataclass(slots=True, eq=False)
+class Case:
+    """One explanation in the making; lives for one call of explain()."""
+
+    request: Request
+    volume: Volume
+    model: Model
+    method: Any
+    prepared: Prepared
+    where: torch.device
+    forwards: float = 0.0
+
+    def explained(self) -> Explanation:
+        """The whole path: trace, capture, method, layer choice, placement."""
+        self._say(0, "following the network")
+        x = self._tensor(self.prepared.network_input())
+        traced = trace(self.model.net, x.shape[1:])
+        wanted = self._layers(traced)
+        alone = len(wanted) == 1 and not self.method.USES_REFERENCE
+        self._say(1, "running the network")
+        background: reference.ReferenceInput | None = None
+        if alone:
+            found, target = self._direct(wanted[0], x)
+        else:
+            background = self._background()
+            found, target = self._recorded(wanted, x, background)
+        passed, refused = self._guarded(found, traced)
+        self._say(2, "computing the evidence")
+        choice = None
+        if len(passed) > 1 and background is not None:
+            choice = self._choose(passed, background, traced, target)
+        chosen = passed[choice.layer if choice else next(iter(passed))]
+        bound = self._bound(target)
+        self._say(4, "adding up")
+        evidence = self.method.evidence(chosen, bound)
+        for name, capture_ in passed.items():
+            self.forwards += capture_.passes * traced.tail_share(name)
+        self._say(5, "placing the cells")
+        return self._explanation(chosen, evidence, traced, target, background, (choice, refused))
+
+    # -------------------------------------------------------------------------- the steps
+
+    def _say(self, done: int, what: str) -> None:
+        self.request.progress(Step(done, 6, what))
+
+    def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        first = next(self.model.net.parameters(), torch.empty(0))
+        return torch.from_numpy(np.ascontiguousarray(array))[None].to(self.where, first.dtype)
+
+    def _layers(self, traced: Trace) -> list[str]:
+        if self.request.layer != "auto":
+            path, _ = layers.find_layer(self.model, self.request.layer)
+            return [layers.check_places(traced.find(path), path).name]
+        found = layers.candidates(self.model, traced)
+        if not found:
+            raise CannotExplainError(
+                "no layer",
+                "expected a layer with more than one cell along each axis, the network has none "
+                "for this input; name a layer with --layer.",
+            )
+        return [info.name for info in found]
+
+    def _pick_target(self, output: Any) -> Target:
+        logits = output_matrix(output)
+        if not bool(torch.isfinite(logits).all()):
+            raise CannotExplainError(
+                "not finite",
+                "the network's output holds NaN or infinite values for this scan; check the "
+                "weights and the intensity steps.",
+            )
+        scores = [float(v) for v in logits[0]]
+        labels, link = self.model.labels, self.model.link
+        if labels and len(labels) != len(scores):
+            raise ModelError(
+                f"expected {len(labels)} outputs ({', '.join(labels[:6])}), the network of "
+                f"{self.model.name!r} gives {len(scores)}."
+            )
+        return parse_target(self.request.target, labels, link, scores)
+
+    def _background(self) -> reference.ReferenceInput:
+        wish = self.request.reference
+        if isinstance(wish, Volume):
+            other = prepare(wish, self.model, self.request.at)
+            return reference.from_scan(other.raw, self.prepared)
+        return reference.build(wish, self.prepared, self._modality(), self._unit())
+
+    def _modality(self) -> str | None:
+        return self.volume.modality or self.model.input.modality
+
+    def _unit(self) -> str:
+        return "HU" if self._modality() == "CT" else "a.u."
+
+    def _direct(self, layer: str, x: torch.Tensor) -> tuple[dict[str, Capture], Target]:
+        reference.build("zero", self.prepared, None, "")  # refuses a constant scan
+        chosen: list[Target] = []
+
+        def choose(output: Any) -> Target:
+            chosen.append(self._pick_target(output))
+            return chosen[0]
+
+        _, found = capture(self.model.net, layer, x, choose)
+        self.forwards += 1
+        found.passes = 2.0  # the backward of the tail
+        return {layer: found}, chosen[0]
+
+    def _recorded(
+        self, wanted: Sequence[str], x: torch.Tensor, background: reference.ReferenceInput
+    ) -> tuple[dict[str, Capture], Target]:
+        net = self.model.net
+        here = record(net, wanted, x)
+        target = self._pick_target(here.output)
+        there = None
+        self.forwards += 1
+        if self.method.USES_REFERENCE:
+            raw = self._tensor(self.prepared.network_input(background.raw))
+            there = record(net, wanted, raw)
+            self.forwards += 1
+        return captures(here, target, there), target
+
+    def _guarded(
+        self, found: Mapping[str, Capture], traced: Trace
+    ) -> tuple[dict[str, Capture], list[LayerTrial]]:
+        """The captures that pass the guards; a named layer that fails is an error."""
+        passed, refused = {}, []
+        named = self.request.layer != "auto"
+        coarsest_first = sorted(found.items(), key=lambda item: item[1].activation[0].numel())
+        for name, capture_ in coarsest_first:
+            try:
+                check_signal(capture_)
+                info = traced.find(name)
+                check_norm_trap(capture_, feeds_norm=info is not None and info.feeds_norm)
+                passed[name] = capture_
+            except CannotExplainError as error:
+                if named or error.reason == "not finite":
+                    raise
+                refused.append(LayerTrial(name, None, None, error.reason))
+        if not passed:
+            reasons = ", ".join(f"{t.layer} ({t.refused})" for t in refused)
+            raise CannotExplainError(
+                "no layer", f"none of the candidate layers can be explained: {reasons}."
+            )
+        return passed, refused
+
+    def _choose(
+        self,
+        passed: Mapping[str, Capture],
+        background: reference.ReferenceInput,
+        traced: Trace,
+        target: Target,
+    ) -> causal.Choice:
+        maps = []
+        for name, capture_ in passed.items():
+            info = layers.check_places(traced.find(name), name)
+            if info.lattice is None:
+                continue
+            evidence = self.method.evidence(capture_, Bound(float("inf"), 0.0))
+            grid = cell_grid(
+                self.prepared.grid, info.lattice.jump, info.lattice.start, info.shape[1:]
+            )
+            maps.append(causal.CandidateMap(name, evidence.values.cpu().numpy(), grid))
+        self._say(3, "choosing the layer")
+        first = next(iter(passed.values()))
+        against = first.reference_score if first.reference_score is not None else 0.0
+
+        def score(array: np.ndarray[Any, Any]) -> float:
+            self.forwards += 1
+            return float(target(outputs(self.model.net, self._tensor(array)))[0])
+
+        return causal.choose(
+            maps,
+            self.prepared,
+            background,
+            (score, first.score, first.score - against),
+            self.request.seed,
+        )
+
+    def _bound(self, target: Target) -> Bound:
+        share = PRECISE if self.request.precise else NORMAL
+        absolute = 0.0 if self.request.precise or target.link == "none" else ABSOLUTE
+        return Bound(absolute, share)
+
+    # -------------------------------------------------------------------------- the result
+
+    def _explanation(
+        self,
+        chosen: Capture,
+        evidence: Evidence,
+        traced: Trace,
+        target: Target,
+        background: reference.ReferenceInput | None,
+        tried: tuple[causal.Choice | None, list[LayerTrial]],
+    ) -> Explanation:
+        values = evidence.values.cpu().numpy()
+        if not np.isfinite(values).all() or not values.any():
+            raise CannotExplainError(
+                "zero evidence",
+                f"the evidence at {chosen.layer!r} is zero or not finite everywhere; choose "
+                f"another layer or target.",
+            )
+        info = layers.check_places(traced.find(chosen.layer), chosen.layer)
+        cells = place(self.model.net, info, self.prepared.raw.shape)
+        status, bypassed, warnings = self._status(chosen, evidence, cells)
+        choice, refused = tried
+        notes = [*warnings, *([choice.note] if choice and choice.note else [])]
+        notes += [f"layer {t.layer!r} was passed over: {t.refused}" for t in refused]
+        regions: tuple[Region, ...] = choice.regions if choice else ()
+        with_reference = self.method.USES_REFERENCE and background is not None
+        return Explanation(
+            evidence=values.astype(np.float32),
+            grid=cell_grid(self.prepared.grid, cells.jump, cells.start, values.shape),
+            image=self.volume.grid,
+            score=chosen.score,
+            reference_score=chosen.reference_score,
+            target=target,
+            method=self.request.method,
+            layer=chosen.layer,
+            reference=background.reference if with_reference and background else REFERENCE_FREE,
+            cells=cells,
+            status=status,
+            cost_in_forwards=round(self.forwards, 2),
+            provenance=provenance(self.request, self.volume, self.model, self.prepared, self.where),
+            bypassed=bypassed,
+            modality=self._modality(),
+            calibration=self.model.scale_for(target.label, self.request.method, chosen.layer),
+            regions=regions,
+            trials=(*(choice.trials if choice else ()), *refused),
+            warnings=tuple(notes),
+        )
+
+    def _status(
+        self, chosen: Capture, evidence: Evidence, cells: Cells
+    ) -> tuple[Status, float | None, list[str]]:
+        warnings = []
+        if cells.how != "exact":
+            warnings.append(f"the place of the cells is {cells.how}, not exact")
+        if not self.method.PROMISES_SUM or evidence.start_score is None:
+            return "no_sum", None, warnings
+        against = chosen.reference_score if chosen.reference_score is not None else 0.0
+        difference = chosen.score - against
+        past = evidence.start_score - against
+        bypassed = past / difference if difference else 0.0
+        if abs(past) > max(NOT_A_CUT * abs(difference), 1e-3 * max(1.0, abs(chosen.score))):
+            warnings.append(
+                f"{bypassed:.0%} of the score's difference flows past the layer "
+                f"{chosen.layer!r} (skip connections): the map leaves that part out"
+            )
+            return "not_a_cut", bypassed, warnings
+        if not evidence.converged:
+            warnings.append(
+                f"the integral has not converged after {evidence.nodes} nodes: the map misses "
+                f"the score by more than the bound"
+            )
+            return "not_converged", bypassed, warnings
+        return "complete", bypassed, warnings
+
+
+@contextmanager
+def stoppable(net: torch.nn.Module, progress: Progress) -> Iterator[None]:
+    """Lets `progress` raise Cancelled between any two layers of a running network."""
+    if progress is silent:
+        yield
+        return
+    tick: Callable[..., None] = lambda *_: progress(Step(-1, 6, ""))  # noqa: E731
+    leaves = [m for m in net.modules() if next(m.children(), None) is None]
+    handles = [m.register_forward_pre_hook(tick) for m in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def network_errors(model: Model, prepared: Prepared) -> Iterator[None]:
+    """Turns torch's errors while a network runs into ours."""
+    try:
+        yield
+    except MedGradcamError:
+        raise
+    except MemoryError as error:
+        raise ResourceError(_no_memory(prepared)) from error
+    except RuntimeError as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "memory" in text.lower():
+            raise ResourceError(_no_memory(prepared)) from error
+        raise ModelError(
+            f"expected the network of {model.name!r} to run on an input of shape "
+            f"{(1, *prepared.raw.shape)}, it failed: {text}."
+        ) from error
+
+
+def _no_memory(prepared: Prepared) -> str:
+    return (
+        f"not enough memory to explain an input of shape {(1, *prepared.raw.shape)}; choose a "
+        f"deeper layer with --layer, or a machine with more memory."
+    )

@@ -1,0 +1,206 @@
+"""NIfTI: scans in; evidence cells and maps out, with geometry that every reader agrees on."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from med_gradcam.bundle import Bundle
+from med_gradcam.errors import GeometryError, ImageError
+from med_gradcam.explanation import Explanation
+from med_gradcam.geometry import Geometry
+from med_gradcam.maps import Heatmap
+from med_gradcam.provenance import Source
+from med_gradcam.record import from_record, to_json, to_record
+from med_gradcam.volume import Volume, digest
+
+TITLE = "NIfTI-1/2 (.nii, .nii.gz): reads scans, writes evidence cells and maps"
+
+_JSON_EXTENSION = 6  # "comment": plain text that every reader skips
+_SCANNER, _NONE = 1, 0
+_ESTIMATE = 1001
+_MM_PER_UNIT = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
+
+
+def sniff(path: Path) -> bool:
+    """Whether the path is a file named .nii or .nii.gz."""
+    return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+def read(path: Path) -> Volume:
+    """A scan (1, I, J, K) in the file's own axis order; sform wins over qform.
+
+    Raises:
+        ImageError: truncated, not three-dimensional, without orientation, or not of real numbers.
+    """
+    image = _open(path)
+    shape = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or min(shape) < 2:
+        kind = "a two-dimensional image" if len(shape) < 3 or min(shape) < 2 else "several volumes"
+        raise ImageError(
+            f"expected one volume (three axes), got {kind} of shape {image.shape} in "
+            f"{path.name!r}; extract one volume, or give the channels as separate files."
+        )
+    affine, notes = _affine(image, path)
+    array = _voxels(image, path).reshape(shape)
+    try:
+        grid = Geometry((shape[0], shape[1], shape[2]), affine)
+        source = Source("nifti", digest(array[None], grid), (str(path),), notes=notes)
+        return Volume(array[None], grid, None, "a.u.", source)
+    except (ImageError, GeometryError) as error:
+        raise type(error)(f"{path.name}: {error}") from error
+
+
+def _open(path: Path) -> Any:
+    try:
+        image = nib.load(path)
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raise ImageError(
+            f"expected a NIfTI file, but {path.name!r} cannot be read: {_first_line(error)}."
+        ) from error
+    if not isinstance(image, nib.Nifti1Image):
+        raise ImageError(f"expected a NIfTI file, {path.name!r} is {type(image).__name__}.")
+    return image
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _affine(image: Any, path: Path) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
+    header = image.header
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    if sform == 0 and qform == 0:
+        raise ImageError(
+            f"expected an orientation in {path.name!r}, but both its qform and sform codes are 0, "
+            f"so left and right are not known; set one of them (with nibabel or fslorient)."
+        )
+    affine = np.array(image.affine, dtype=np.float64)
+    notes: list[str] = []
+    if sform > 0 and qform > 0:
+        other = header.get_qform()
+        corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.shape[:3]])).reshape(3, -1)
+        apart = np.abs((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:]).max()
+        if apart > 1.0:
+            notes.append(f"sform and qform differ by up to {apart:.1f} mm; the sform was used")
+    unit = header.get_xyzt_units()[0]
+    factor = _MM_PER_UNIT.get(unit, 1.0)
+    if factor != 1.0:
+        affine[:3] *= factor
+        notes.append(f"coordinates in {unit} converted to mm")
+    return affine, tuple(notes)
+
+
+def _voxels(image: Any, path: Path) -> npt.NDArray[Any]:
+    try:
+        array = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ImageError(
+            f"expected all voxels of {path.name!r}, but the file is cut short or damaged "
+            f"({_first_line(error)}); copy it again."
+        ) from error
+    if array.dtype.kind not in "iuf":
+        raise ImageError(
+            f"expected real numbers as voxels in {path.name!r}, got {array.dtype} "
+            f"(colour or complex images are not read)."
+        )
+    if array.dtype.kind == "f" and array.dtype != np.float32:
+        array = array.astype(np.float32)
+    return np.asarray(array)
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def save(bundle: Bundle, folder: Path) -> list[Path]:
+    """explanation.nii.gz (the native cells) and signed, for, against (the image grid)."""
+    e, maps = bundle.explanation, bundle.maps
+    return [
+        write_explanation(e, folder / "explanation.nii.gz", to_record(e, maps)),
+        *(
+            _write_map(heatmap, folder / f"{heatmap.polarity}.nii.gz")
+            for heatmap in (maps.signed, maps.raises, maps.lowers)
+        ),
+    ]
+
+
+def write_explanation(explanation: Explanation, path: Path, record: dict[str, Any]) -> Path:
+    """The cells with their exact affine; the whole record rides in a header extension."""
+    image = _image(explanation.evidence, explanation.grid, f"{explanation.unit}/cell")
+    text = to_json(record).encode()
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(_JSON_EXTENSION, text))
+    return _write(image, path)
+
+
+def read_explanation(path: Path) -> Explanation:
+    """The Explanation in an explanation.nii.gz, equal to the one that was written.
+
+    Raises:
+        ImageError: the file holds no such record.
+    """
+    there = path / "explanation.nii.gz" if path.is_dir() else path
+    if not there.is_file():
+        raise ImageError(f"expected an explanation.nii.gz, found none: {there.name!r}.")
+    image = _open(there)
+    for extension in image.header.extensions:
+        if extension.get_code() != _JSON_EXTENSION:
+            continue
+        content = extension.get_content()
+        raw = content if isinstance(content, bytes) else str(content).encode()
+        try:
+            record = json.loads(raw.rstrip(b"\0").decode())
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            continue
+        if isinstance(record, dict) and "cell_grid" in record:
+            return from_record(record, _voxels(image, there))
+    raise ImageError(
+        f"expected an explanation written by med_gradcam, but {there.name!r} holds no record."
+    )
+
+
+def _write_map(heatmap: Heatmap, path: Path) -> Path:
+    unit = "log-odds/mL" if heatmap.unit.startswith("log-odds") else "score/mL"
+    image = _image(heatmap.values, heatmap.grid, unit)
+    image.header["cal_max"] = heatmap.peak
+    image.header["cal_min"] = -heatmap.peak if heatmap.polarity == "signed" else 0.0
+    return _write(image, path)
+
+
+def _image(values: npt.NDArray[np.float32], grid: Geometry, unit: str) -> Any:
+    image = nib.Nifti1Image(np.asarray(values, dtype=np.float32), None)
+    image.header.set_xyzt_units("mm")
+    image.header.set_intent(_ESTIMATE, (), name=unit[:15])
+    image.header["descrip"] = b"Evidence map, research use, not for diagnosis"
+    image.set_sform(grid.affine, _SCANNER)
+    if grid.is_orthogonal:
+        image.set_qform(grid.affine, _SCANNER)
+    else:
+        image.header["qform_code"] = _NONE
+    image.update_header()
+    return image
+
+
+def _write(image: Any, path: Path) -> Path:
+    path.write_bytes(_compress(image.to_bytes()))
+    return path
+
+
+def _compress(data: bytes) -> bytes:
+    """Gzip without name or time, so that equal content gives equal files."""
+    try:
+        from isal import igzip
+    except ImportError:
+        import gzip
+
+        return gzip.compress(data, 4, mtime=0)
+    packed: bytes = igzip.compress(data, 1, mtime=0)
+    return packed

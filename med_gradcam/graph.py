@@ -1,0 +1,229 @@
+"""What layers does a network have for one input: shapes, cells, work, and what they feed into?
+
+One pass on shapes alone (meta tensors) follows every operation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from med_gradcam.receptive import RULES, SCRAMBLE, Lattice
+
+_NORMS = ("instance_norm", "group_norm", "layer_norm", "rms_norm")
+_PASSED_ON = (
+    "clone",
+    "contiguous",
+    "dropout",
+    "dropout3d",
+    "feature_dropout",
+    "detach",
+    "alpha_dropout",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer as it ran.
+
+    Module path and class, output shape (C, i, j, k), its cells (None where an operation without a
+    rule came before), the work done up to and including it in flops, whether its output is the
+    network's output, how often it ran, and whether all that takes its output is an Instance,
+    Group or LayerNorm.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    lattice: Lattice | None
+    flops: float
+    is_output: bool = False
+    runs: int = 1
+    feeds_norm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """All layers with a 5-D output, in the order in which they finished, and the whole work."""
+
+    layers: tuple[LayerInfo, ...]
+    flops: float
+
+    def find(self, name: str) -> LayerInfo | None:
+        """The layer of that module path, if its output has places."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def tail_share(self, name: str) -> float:
+        """Share of a forward's work that comes after a layer, 0..1."""
+        layer = self.find(name)
+        return 1.0 if layer is None or self.flops == 0 else 1.0 - layer.flops / self.flops
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+
+
+class _Follow(TorchDispatchMode):
+    """Follows lattices through every operation, and counts the work."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lattices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.flops = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        known = [(t, self.lattices[t]) for t in _tensors(args) if t in self.lattices]
+        if known:
+            for result in _tensors(out):
+                lattice = self._next(packet, args, known, result)
+                if lattice is not None:
+                    self.lattices[result] = lattice
+        return out
+
+    def _next(
+        self,
+        packet: Any,
+        args: tuple[Any, ...],
+        known: list[tuple[torch.Tensor, Lattice]],
+        out: torch.Tensor,
+    ) -> Lattice | None:
+        if out.ndim < 4 or packet in SCRAMBLE:
+            return None
+        if packet in RULES:
+            return RULES[packet](known[0][1], args, out)
+        same = [lattice for t, lattice in known if t.ndim > 3 and t.shape[-3:] == out.shape[-3:]]
+        if not same:
+            return None
+        agreed = all(lattice.agreed and lattice.same_place(same[0]) for lattice in same)
+        return Lattice(same[0].axes, agreed)
+
+
+class _Consumers(TorchFunctionMode):
+    """Notes which functions take each layer's output as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.norm: Counter[str] = Counter()
+        self.other: Counter[str] = Counter()
+
+    def own(self, name: str, output: torch.Tensor) -> None:
+        """A layer's output; inner and outer modules may share one tensor."""
+        self.owners[output] = (*self.owners.get(output, ()), name)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        owners = {n for t in _tensors(args) if t in self.owners for n in self.owners[t]}
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if owners and name in _PASSED_ON and isinstance(out, torch.Tensor):
+            self.owners[out] = tuple(owners)
+        elif owners and any(True for _ in _tensors(out)):  # asking for a shape consumes nothing
+            (self.norm if name in _NORMS else self.other).update(owners)
+        return out
+
+    def only_norms(self, name: str) -> bool:
+        """Whether the layer's output went into norms and nothing else."""
+        return self.norm[name] > 0 and self.other[name] == 0
+
+
+@dataclass(slots=True)
+class _Recorder:
+    mode: _Follow
+    consumers: _Consumers
+    layers: list[LayerInfo] = field(default_factory=list)
+    last: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def hook(self, name: str) -> Callable[..., None]:
+        def record(module: torch.nn.Module, inputs: Any, out: Any) -> None:
+            del inputs
+            if not isinstance(out, torch.Tensor) or out.ndim != 5:
+                return
+            info = LayerInfo(
+                name,
+                type(module).__name__,
+                tuple(out.shape[1:]),
+                self.mode.lattices.get(out),
+                self.mode.flops,
+            )
+            self.layers.append(info)
+            self.last[name] = out
+            self.consumers.own(name, out)
+
+        return record
+
+
+def trace(net: torch.nn.Module, shape: Sequence[int]) -> Trace:
+    """The layers of `net` for one input of `shape` (C, I, J, K), without computing any value.
+
+    The pass runs on shapes alone (meta tensors); networks that cannot do that are run once for
+    real on zeros. The network is left as it was.
+    """
+    first = next(net.parameters(), torch.empty(0))
+    state = {n: t.to("meta") for n, t in (*net.named_parameters(), *net.named_buffers())}
+
+    def on_meta() -> Any:
+        x = torch.empty((1, *shape), device="meta", dtype=first.dtype)
+        return x, lambda: torch.func.functional_call(net, state, (x,))
+
+    def for_real() -> Any:
+        x = torch.zeros((1, *shape), device=first.device, dtype=first.dtype)
+        return x, lambda: net(x)
+
+    try:
+        return _run(net, *on_meta())
+    except (RuntimeError, NotImplementedError, TypeError):
+        return _run(net, *for_real())
+
+
+def _run(net: torch.nn.Module, x: torch.Tensor, call: Callable[[], Any]) -> Trace:
+    recorder = _Recorder(_Follow(), _Consumers())
+    handles = [
+        module.register_forward_hook(recorder.hook(name))
+        for name, module in net.named_modules()
+        if name
+    ]
+    try:
+        with torch.no_grad(), recorder.mode, recorder.consumers:
+            recorder.mode.lattices[x] = Lattice()
+            out = call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs = list(_tensors(list(out.values()) if isinstance(out, dict) else out))
+    counts = Counter(info.name for info in recorder.layers)
+    layers = tuple(
+        LayerInfo(
+            info.name,
+            info.kind,
+            info.shape,
+            info.lattice,
+            info.flops,
+            is_output=any(recorder.last[info.name] is o for o in outputs),
+            runs=counts[info.name],
+            feeds_norm=recorder.consumers.only_norms(info.name),
+        )
+        for info in recorder.layers
+    )
+    return Trace(layers, recorder.mode.flops)

@@ -1,0 +1,77 @@
+"""Which layer of a network is meant, and which ones are worth trying?"""
+
+from __future__ import annotations
+
+import torch
+
+from med_gradcam.errors import CannotExplainError, UnknownNameError
+from med_gradcam.graph import LayerInfo, Trace
+from med_gradcam.model import Model
+
+MOST_CANDIDATES = 4
+# Layers that only move or pick values: the layer before them says the same with more places.
+_PASSIVE = ("Pool", "Pad", "Dropout", "Identity", "Upsample", "Flatten", "Unflatten")
+
+
+def find_layer(model: Model, name: str) -> tuple[str, torch.nn.Module]:
+    """The module path and module of a layer given by its path or by an alias of the model.
+
+    Raises:
+        UnknownNameError: there is no such layer; the near ones are listed.
+    """
+    path = model.aliases.get(name, name)
+    modules = dict(model.net.named_modules())
+    if not path or path not in modules:
+        known = [*model.aliases, *(n for n in modules if n)]
+        raise UnknownNameError("layer", name, known, "`med-gradcam inspect MODEL` lists them all.")
+    return path, modules[path]
+
+
+def check_places(info: LayerInfo | None, path: str) -> LayerInfo:
+    """The layer's information, if its output has places to point to.
+
+    Raises:
+        CannotExplainError: the output has no places, or is the network's output itself.
+    """
+    if info is None:
+        raise CannotExplainError(
+            "logits",
+            f"expected a layer whose output has places (C, i, j, k), but the output of {path!r} "
+            f"has none (it is a vector, or it never ran); choose an earlier layer.",
+        )
+    if info.runs > 1:
+        raise CannotExplainError(
+            "shared layer",
+            f"expected a layer that runs once per scan, {path!r} runs {info.runs} times (shared); "
+            f"choose another layer.",
+        )
+    if info.is_output:
+        raise CannotExplainError(
+            "logits",
+            f"the layer {path!r} is the network's output itself, so there is nothing to explain "
+            f"it by; choose an earlier layer.",
+        )
+    return info
+
+
+def _usable(info: LayerInfo) -> bool:
+    return not info.is_output and info.runs == 1 and min(info.shape[1:]) > 1
+
+
+def candidates(model: Model, trace: Trace) -> list[LayerInfo]:
+    """At most four layers worth trying, coarsest first.
+
+    Where the model names layers of its own (aliases) these are taken, else the last layer of each
+    resolution; in both cases only layers with more than one cell per axis, and never the output.
+    """
+    named = [info for path in model.aliases.values() if (info := trace.find(path)) is not None]
+    if not named:
+        last: dict[tuple[float, ...], LayerInfo] = {}
+        for info in trace.layers:
+            passive = any(word in info.kind for word in _PASSIVE)
+            if not passive and info.lattice is not None and info.runs == 1:
+                last[info.lattice.jump] = info
+        named = list(last.values())
+    usable = [info for info in named if _usable(info)]
+    usable.sort(key=lambda info: info.shape[1] * info.shape[2] * info.shape[3])
+    return usable[:MOST_CANDIDATES]

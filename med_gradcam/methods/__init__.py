@@ -1,0 +1,54 @@
+"""The methods: one file each, from a capture to signed evidence per cell.
+
+A method is a module with TITLE, SOURCE (the paper), CANNOT_SHOW (what its map cannot say),
+USES_REFERENCE, PROMISES_SUM and `evidence(capture, bound)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from med_gradcam.capture import Capture
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How far a sum may miss: max(absolute, share * |score - reference score|), in log-odds."""
+
+    absolute: float
+    share: float
+
+    def of(self, difference: float) -> float:
+        """The bound for one difference of scores."""
+        return max(self.absolute, self.share * abs(difference))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """Signed evidence `values` (i, j, k) float64, and what the method knows about its sum.
+
+    `start_score`: the score where its path begins (the reference's activation at the layer, the
+    rest of the case as it is); `converged`: whether the sum met the bound; None without a promise.
+    """
+
+    values: torch.Tensor
+    start_score: float | None = None
+    converged: bool | None = None
+    nodes: int = 0
+
+
+class Method(Protocol):
+    """What a module in this folder must have."""
+
+    TITLE: str
+    SOURCE: str
+    CANNOT_SHOW: str
+    USES_REFERENCE: bool
+    PROMISES_SUM: bool
+
+    def evidence(self, capture: Capture, bound: Bound) -> Evidence:
+        """Signed evidence per cell, shape (i, j, k), in the target's unit."""

@@ -1,0 +1,252 @@
+"""A model as a folder: spec.json says what it is, weights.safetensors holds its weights.
+
+Format `med-gradcam-model/1`. Nothing in the folder is executed: layers are named in an allow-list,
+weights are plain numbers. `layers` is a list of [name, arguments] for one nn.Sequential, where name
+is a torch.nn module, "Sequential" with nested layers, or a constructor of monai.networks.nets; or
+`network` names one such constructor alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from med_gradcam.calibration import Calibration
+from med_gradcam.errors import MedGradcamError, ModelError
+from med_gradcam.model import InputSpec, Model, Step
+
+TITLE = "folder with spec.json + weights.safetensors (med-gradcam-model/1), nothing is executed"
+FORMAT = "med-gradcam-model/1"
+
+_LAYERS = frozenset(
+    """
+    Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear Bilinear
+    Flatten Unflatten Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout
+    BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d
+    GroupNorm LayerNorm RMSNorm LocalResponseNorm ReLU ReLU6 LeakyReLU PReLU RReLU ELU CELU
+    SELU GELU SiLU Mish Sigmoid Tanh Softplus Softsign Softmax LogSoftmax LogSigmoid
+    Hardtanh Hardswish Hardsigmoid Threshold MaxPool1d MaxPool2d MaxPool3d AvgPool1d
+    AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d
+    AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d Upsample PixelShuffle
+    ConstantPad3d ZeroPad3d ReflectionPad3d ReplicationPad3d ChannelShuffle
+    """.split()
+)
+_MONAI = frozenset(
+    """
+    DenseNet DenseNet121 DenseNet169 DenseNet201 DenseNet264 ResNet resnet10 resnet18
+    resnet34 resnet50 resnet101 SENet SEResNet50 SEResNet101 SEResNext50 EfficientNetBN
+    HighResNet Classifier Regressor Discriminator ViT UNet BasicUNet AttentionUnet SegResNet
+    DynUNet UNETR SwinUNETR VNet FullyConnectedNet
+    """.split()
+)
+
+
+def sniff(path: str) -> bool:
+    """Whether the path is a folder with a spec.json, or that file."""
+    there = Path(path)
+    return (there / "spec.json").is_file() or (there.name == "spec.json" and there.is_file())
+
+
+def load(path: str, trust: Collection[str] = ()) -> Model:
+    """The model in a folder, in eval mode on the CPU.
+
+    Raises:
+        ModelError: spec.json or the weights are off, naming the file and the key.
+    """
+    del trust  # nothing here needs any
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    spec = _read_spec(folder / "spec.json")
+    net = _network(spec, folder)
+    weights = folder / "weights.safetensors"
+    digest = _load_weights(net, weights)
+    try:
+        return Model(
+            net=net.eval(),
+            input=_input(_key(spec, "input", dict, folder), folder),
+            labels=tuple(str(label) for label in _key(spec, "labels", list, folder)),
+            link=_key(spec, "link", str, folder),  # checked by Model
+            name=str(spec.get("name", folder.name)),
+            weights_sha256=digest,
+            licence=str(spec.get("licence", "not stated")),
+            task=str(spec.get("task", "classification")),
+            aliases={str(k): str(v) for k, v in spec.get("cam_layers", {}).items()},
+            calibration=_calibration(spec),
+        )
+    except MedGradcamError as error:
+        raise ModelError(f"{_name(folder / 'spec.json')}: {error}") from error
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"expected a spec.json in the model folder, found none: {path}."
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"expected readable JSON in {_name(path)}, got: {error}.") from error
+    if not isinstance(spec, dict) or spec.get("format") != FORMAT:
+        got = spec.get("format") if isinstance(spec, dict) else type(spec).__name__
+        raise ModelError(f"expected format {FORMAT!r} in {_name(path)}, got {got!r}.")
+    return spec
+
+
+def _key(spec: Mapping[str, Any], key: str, kind: type, folder: Path) -> Any:
+    if not isinstance(spec.get(key), kind):
+        raise ModelError(
+            f"expected the key {key!r} ({kind.__name__}) in {_name(folder / 'spec.json')}, "
+            f"got {spec.get(key)!r}."
+        )
+    return spec[key]
+
+
+def _input(spec: Mapping[str, Any], folder: Path) -> InputSpec:
+    modality = _key(spec, "modality", str, folder)
+    axes = _key(spec, "axes", str, folder)
+    if "," in axes or len(axes) != 3:
+        raise ModelError(
+            f"expected a network for volumes (axes such as 'SPL'), got axes {axes!r}; "
+            f"networks for two-dimensional images cannot be explained yet."
+        )
+    steps = []
+    for step in spec.get("intensity", []):
+        if not isinstance(step, list) or not step or not isinstance(step[0], str):
+            raise ModelError(f"expected intensity steps as [name, numbers...], got {step!r}.")
+        steps.append(Step(step[0], tuple(_numbers(a) for a in step[1:])))
+    channels = spec.get("channels", 1)
+    if not isinstance(channels, int):
+        raise ModelError(f"expected a whole number of channels, got {channels!r}.")
+    return InputSpec(
+        channels=channels,
+        modality=modality,
+        axes=axes,
+        patch=_triple(spec.get("patch"), int, "patch"),
+        min_patch=_triple(spec.get("min_patch"), int, "min_patch"),
+        spacing_mm=_triple(spec.get("spacing_mm"), float, "spacing_mm"),
+        intensity=tuple(steps),
+    )
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        raise ModelError(f"expected numbers in an intensity step, got {value!r}.")
+    return tuple(float(v) for v in values)
+
+
+def _triple(value: Any, kind: type, name: str) -> Any:
+    if value is None:
+        return None
+    whole = isinstance(value, list) and len(value) == 3
+    if not whole or not all(isinstance(v, (int, float)) for v in value):
+        raise ModelError(f"expected three numbers or null as {name}, got {value!r}.")
+    return tuple(kind(v) for v in value)
+
+
+def _calibration(spec: Mapping[str, Any]) -> tuple[Calibration, ...]:
+    try:
+        return tuple(Calibration(**entry) for entry in spec.get("calibration", []))
+    except TypeError as error:
+        raise ModelError(f"a calibration entry does not fit: {error}.") from error
+
+
+def _network(spec: Mapping[str, Any], folder: Path) -> torch.nn.Module:
+    try:
+        if "network" in spec:
+            return _build(spec["network"])
+        return _sequential(_key(spec, "layers", list, folder))
+    except ModelError as error:
+        raise ModelError(f"{_name(folder / 'spec.json')}: {error}") from error
+
+
+def _sequential(layers: Any) -> torch.nn.Sequential:
+    return torch.nn.Sequential(*(_build(layer) for layer in layers))
+
+
+def _build(layer: Any) -> torch.nn.Module:
+    well_formed = isinstance(layer, list) and len(layer) == 2 and isinstance(layer[0], str)
+    if not well_formed:
+        raise ModelError(f"expected a layer as [name, arguments], got {layer!r}.")
+    name, arguments = layer
+    if name == "Sequential" and isinstance(arguments, list):
+        return _sequential(arguments)
+    if not isinstance(arguments, dict):
+        raise ModelError(f"expected the arguments of {name} as an object, got {arguments!r}.")
+    short = name.removeprefix("monai.networks.nets.")
+    if name in _LAYERS:
+        make = getattr(torch.nn, name)
+    elif short != name and short in _MONAI:
+        make = getattr(_monai_nets(), short)
+    else:
+        raise ModelError(
+            f"expected a layer of torch.nn or monai.networks.nets that is on the allow-list, got "
+            f"{name!r}; for anything else write a Python factory and pass --trust code."
+        )
+    if short in ("EfficientNetBN", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101"):
+        arguments = {**arguments, "pretrained": False}  # weights come from the folder alone
+    try:
+        inspect.signature(make).bind(**arguments)
+        net: torch.nn.Module = make(**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the arguments of {name} do not fit: {error}.") from error
+    return net
+
+
+def _monai_nets() -> Any:
+    try:
+        from monai.networks import nets
+    except ImportError as error:
+        raise ModelError(
+            "the model needs MONAI, which is not installed: pip install 'med_gradcam[monai]'."
+        ) from error
+    return nets
+
+
+def _load_weights(net: torch.nn.Module, path: Path) -> str:
+    """Load the weights, all of them and no other; returns the file's SHA-256."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as load_tensors
+
+    try:
+        raw = path.read_bytes()
+        tensors = load_tensors(raw)
+    except OSError as error:
+        raise ModelError(
+            f"expected readable weights in {_name(path)}, got: {error.strerror}."
+        ) from error
+    except (SafetensorError, ValueError) as error:
+        raise ModelError(f"expected safetensors in {_name(path)}, got: {error}.") from error
+    wanted = net.state_dict()
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    shapes = [
+        f"{k} has {tuple(tensors[k].shape)}, the spec says {tuple(wanted[k].shape)}"
+        for k in sorted(set(wanted) & set(tensors))
+        if tensors[k].shape != wanted[k].shape
+    ]
+    # Batch norms saved by old torch have no counter of batches; it plays no part in eval mode.
+    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
+    if missing or extra or shapes:
+        parts = [
+            f"missing: {', '.join(missing[:4])}" if missing else "",
+            f"not in the spec: {', '.join(extra[:4])}" if extra else "",
+            f"other shape: {'; '.join(shapes[:3])}" if shapes else "",
+        ]
+        raise ModelError(
+            f"the weights in {_name(path)} do not fit spec.json "
+            f"({'; '.join(p for p in parts if p)}); use the pair that was saved together."
+        )
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if bad:
+        raise ModelError(f"expected finite weights in {_name(path)}, got NaN or inf in {bad[0]}.")
+    net.load_state_dict(tensors, strict=False)
+    return hashlib.sha256(raw).hexdigest()

@@ -1,0 +1,249 @@
+"""How does a scan become the array a network expects, and how do its voxels come home?
+
+Axes are permuted and flipped, the spacing changed by one linear interpolation if the model asks
+for one, a patch cut out; intensity steps follow, fitted on the scan so that a reference input can
+be treated the same. Every step keeps the affine, so maps come home by it alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from med_gradcam.errors import ImageError, UsageError
+from med_gradcam.geometry import Geometry, cells, crop, reorient, reorient_array, reorientation
+from med_gradcam.model import InputSpec, Model, Step
+from med_gradcam.volume import Volume
+
+Floats = npt.NDArray[np.float32]
+SPACING_TOLERANCE = 0.01  # share by which a scan's voxels may differ from the model's unchanged
+NEARLY_PATCH = 0.10  # a scan this close to a fixed patch is explained whole, around its centre
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """The network's view of a scan: `raw` (C, i, j, k) float32 in the scan's own unit on `grid`.
+
+    `steps` are the intensity steps with their quantiles already measured on this scan; `notes`
+    say what had to be done. `image` is the scan's own grid.
+    """
+
+    raw: Floats
+    grid: Geometry
+    image: Geometry
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...] = ()
+
+    def network_input(self, raw: Floats | None = None) -> Floats:
+        """The array the network takes: `raw` (this scan's, or a reference's) after the steps."""
+        return apply_steps(self.raw if raw is None else raw, self.steps)
+
+
+def parse_point(text: str, grid: Geometry) -> npt.NDArray[np.float64]:
+    """RAS+ mm of a point given as ras:X,Y,Z, lps:X,Y,Z (mm) or ijk:I,J,K (0-based voxel index).
+
+    Raises:
+        UsageError: it is no such point, or lies outside the scan.
+    """
+    kind, _, rest = text.partition(":")
+    try:
+        numbers = np.array([float(part) for part in rest.split(",")])
+    except ValueError:
+        numbers = np.empty(0)
+    if kind not in ("ras", "lps", "ijk") or numbers.shape != (3,) or not np.isfinite(numbers).all():
+        raise UsageError(
+            f"expected a point as ras:X,Y,Z or lps:X,Y,Z in mm or ijk:I,J,K, got {text!r}."
+        )
+    if kind == "ijk":
+        point = grid.world_ras(numbers)
+    else:
+        point = numbers * (-1, -1, 1) if kind == "lps" else numbers
+    index = grid.index_ijk(point)
+    if not grid.contains(index):
+        ends = [grid.world_ras(np.zeros(3)), grid.world_ras(np.array(grid.shape) - 1)]
+        low, high = np.minimum(*ends).round().tolist(), np.maximum(*ends).round().tolist()
+        raise UsageError(
+            f"expected a point inside the scan (voxels 0,0,0 to "
+            f"{','.join(str(n - 1) for n in grid.shape)}; RAS about {low} to {high} mm), got "
+            f"{text!r}, which is voxel {np.round(index, 1).tolist()}."
+        )
+    return point
+
+
+def prepare(volume: Volume, model: Model, at: str | None = None) -> Prepared:
+    """The scan as the network of `model` expects it; `at` names the centre of the patch.
+
+    Raises:
+        ImageError: modality, channels or size do not fit the network.
+        UsageError: a patch must be chosen, or the point is off.
+    """
+    spec = model.input
+    notes = [*volume.source.notes, *_check_fit(volume, spec, model.name)]
+    grid, array = volume.grid, np.asarray(volume.array)
+    if spec.axes is not None:
+        how = reorientation(grid, spec.axes)
+        grid, array = reorient(grid, how), reorient_array(array, how)
+    if spec.spacing_mm is not None:
+        grid, array = _respace(grid, array, spec.spacing_mm, notes)
+    start, shape = _window(grid, volume.grid, spec, at, notes)
+    raw = _cut(array, start, shape)
+    _check_smallest(raw.shape[1:], spec)
+    return Prepared(
+        raw, crop(grid, start, shape), volume.grid, fit_steps(raw, spec.intensity), tuple(notes)
+    )
+
+
+def _check_fit(volume: Volume, spec: InputSpec, name: str) -> list[str]:
+    if volume.array.shape[0] != spec.channels:
+        raise ImageError(
+            f"expected {spec.channels} input channel(s) for {name!r}, got {volume.array.shape[0]}; "
+            f"give one image per channel, in the model's order."
+        )
+    if spec.modality is None:
+        return []
+    if volume.modality is None:
+        return [f"the file does not say its modality; taken as {spec.modality}, as the model does"]
+    if volume.modality != spec.modality:
+        raise ImageError(
+            f"expected a {spec.modality} scan for {name!r}, got modality {volume.modality}; "
+            f"choose a model made for {volume.modality}."
+        )
+    return []
+
+
+def _respace(
+    grid: Geometry, array: npt.NDArray[Any], spacing: tuple[float, ...], notes: list[str]
+) -> tuple[Geometry, npt.NDArray[Any]]:
+    jump = [new / old for new, old in zip(spacing, grid.spacing_mm, strict=True)]
+    if max(abs(j - 1) for j in jump) <= SPACING_TOLERANCE:
+        return grid, array
+    import SimpleITK as sitk  # noqa: N813 - heavy, and only needed here
+
+    shape = [max(1, round(n / j)) for n, j in zip(grid.shape, jump, strict=True)]
+    start = [(j - 1) / 2 for j in jump]
+    channels = []
+    for channel in array:
+        image = sitk.GetImageFromArray(np.ascontiguousarray(channel.T, dtype=np.float32))
+        out = sitk.Resample(
+            image,
+            shape,
+            sitk.Transform(),
+            sitk.sitkLinear,
+            start,
+            jump,
+            image.GetDirection(),
+            float(channel.min()),
+            sitk.sitkFloat32,
+        )
+        channels.append(sitk.GetArrayFromImage(out).T)
+    have = " x ".join(f"{s:.2f}" for s in grid.spacing_mm)
+    notes.append(f"voxels of {have} mm resampled to the model's spacing (linear)")
+    return cells(grid, jump, start, shape), np.stack(channels)
+
+
+def _window(
+    grid: Geometry, image: Geometry, spec: InputSpec, at: str | None, notes: list[str]
+) -> tuple[list[int], list[int]]:
+    """Start (may be negative) and shape of the patch, in voxels of the network's grid."""
+    if spec.patch is None:
+        if at is not None:
+            raise UsageError(
+                f"expected no --at, since the model takes the whole scan and no patch; got {at!r}."
+            )
+        return [0, 0, 0], list(grid.shape)
+    patch = list(spec.patch)
+    if at is not None:
+        centre = [math.floor(c + 0.5) for c in grid.index_ijk(parse_point(at, image)).tolist()]
+    elif all(abs(n - p) <= NEARLY_PATCH * p for n, p in zip(grid.shape, patch, strict=True)):
+        centre = [n // 2 for n in grid.shape]
+    else:
+        have, want = (" x ".join(str(n) for n in s) for s in (grid.shape, patch))
+        raise UsageError(
+            f"expected a point --at, since the model takes patches of {want} voxels and the scan "
+            f"has {have} (both along {grid.axcodes}); say where to look, for example "
+            f"--at ijk:{','.join(str(n // 2) for n in image.shape)}."
+        )
+    start = []
+    for c, n, size in zip(centre, patch, grid.shape, strict=True):
+        wanted = c - n // 2
+        start.append(-((n - size) // 2) if size < n else min(max(wanted, 0), size - n))
+    if any(have < n for have, n in zip(grid.shape, patch, strict=True)):
+        notes.append("the scan is smaller than the model's patch: padded at the scan's minimum")
+    return start, patch
+
+
+def _check_smallest(shape: tuple[int, ...], spec: InputSpec) -> None:
+    if spec.min_patch is None:
+        return
+    if any(n < m for n, m in zip(shape, spec.min_patch, strict=True)):
+        raise ImageError(
+            f"expected a scan of at least {spec.min_patch} voxels along {spec.axes}, got {shape}."
+        )
+
+
+def _cut(array: npt.NDArray[Any], start: list[int], shape: list[int]) -> Floats:
+    """array[start : start + shape] as float32, padded at each channel's minimum."""
+    have = array.shape[1:]
+    if start == [0, 0, 0] and tuple(shape) == have:
+        return np.ascontiguousarray(array, dtype=np.float32)
+    out = np.empty((array.shape[0], *shape), dtype=np.float32)
+    out[:] = array.min(axis=(1, 2, 3), keepdims=True)
+    source, place = [slice(None)], [slice(None)]
+    for s, n, h in zip(start, shape, have, strict=True):
+        first, last = max(s, 0), min(s + n, h)
+        source.append(slice(first, last))
+        place.append(slice(first - s, last - s))
+    out[tuple(place)] = array[tuple(source)]
+    return out
+
+
+def fit_steps(raw: Floats, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps with what they measure on the scan measured.
+
+    quantile_scale becomes clip, then normalise with the scan's own quantiles, so that another
+    array can go the same way.
+    """
+    fitted: list[Step] = []
+    array = raw
+    for step in steps:
+        if step.name == "quantile_scale":
+            low, high = (float(np.quantile(array, q[0])) for q in step.arguments)
+            if high <= low:
+                raise ImageError(
+                    f"expected a scan with contrast, got equal quantiles {low:g} at "
+                    f"{step.arguments[0][0]:g} and {step.arguments[1][0]:g}."
+                )
+            new = [
+                Step("clip", ((low,), (high,))),
+                Step("normalise", ((low,), (high - low,))),
+            ]
+        else:
+            new = [step]
+        fitted += new
+        array = apply_steps(array, tuple(new))
+    return tuple(fitted)
+
+
+def apply_steps(raw: Floats, steps: tuple[Step, ...]) -> Floats:
+    """Intensity steps (clip, scale, normalise) on (C, i, j, k), float32."""
+    array = raw
+    for step in steps:
+        if step.name == "clip":
+            array = np.clip(array, step.arguments[0][0], step.arguments[1][0])
+        elif step.name == "scale":
+            array = array * np.float32(step.arguments[0][0])
+        elif step.name == "normalise":
+            mean, sd = (np.array(a, dtype=np.float32)[:, None, None, None] for a in step.arguments)
+            if len(mean) not in (1, len(array)) or len(sd) not in (1, len(array)):
+                raise ImageError(
+                    f"expected one mean and sd, or one per channel ({len(array)}), got "
+                    f"{len(mean)} and {len(sd)}."
+                )
+            array = (array - mean) / sd
+        else:
+            raise ImageError(f"expected fitted intensity steps, got {step.name!r}.")
+    return np.ascontiguousarray(array, dtype=np.float32)

@@ -1,0 +1,164 @@
+"""How does an Explanation become JSON, and how does it come back equal?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from med_gradcam.calibration import Calibration, from_case
+from med_gradcam.errors import ImageError
+from med_gradcam.explanation import Cells, Explanation, LayerTrial, Reference, Region
+from med_gradcam.geometry import Geometry
+from med_gradcam.maps import Maps
+from med_gradcam.provenance import Provenance
+from med_gradcam.summary import peaks
+from med_gradcam.target import Target
+
+FORMAT = "med-gradcam-explanation/1"
+
+
+def to_record(explanation: Explanation, maps: Maps | None = None) -> dict[str, Any]:
+    """The contents of explanation.json. With `maps`, also what depends on the drawing."""
+    e = explanation
+    return {
+        "format": FORMAT,
+        "unit": e.unit,
+        "score": e.score,
+        "reference_score": e.reference_score,
+        "probability": e.probability,
+        "sum_for": e.sum_for,
+        "sum_against": e.sum_against,
+        "residual": e.residual,
+        "bypassed": e.bypassed,
+        "outside_image": None if maps is None else maps.signed.outside_image,
+        "coloured_share": None if maps is None else maps.coloured_share,
+        "status": e.status,
+        "target": {**asdict(e.target), "index": list(e.target.index)},
+        "method": e.method,
+        "layer": e.layer,
+        "reference": asdict(e.reference),
+        "cells": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(e.cells).items()},
+        "cell_axes": e.grid.axcodes,
+        "cell_mm": list(e.cell_mm),
+        "receptive_field_mm": list(e.receptive_field_mm),
+        "smallest_localisable_mm": e.smallest_localisable_mm,
+        "cost_in_forwards": e.cost_in_forwards,
+        "peaks": [
+            {
+                "polarity": p.polarity,
+                "evidence": p.evidence,
+                "per_ml": p.per_ml,
+                "ras_mm": list(p.ras_mm),
+                "lps_mm": list(p.lps_mm),
+                "words": p.words,
+                "side": p.side,
+            }
+            for p in peaks(e)
+        ],
+        "verdict": None,
+        "regions": [{**asdict(r), "centre_ras_mm": list(r.centre_ras_mm)} for r in e.regions],
+        "layer_trials": [asdict(t) for t in e.trials],
+        "colour_scale": _scale(e, maps),
+        "modality": e.modality,
+        "cell_grid": _grid_record(e.grid),
+        "image_grid": _grid_record(e.image),
+        "warnings": list(e.warnings),
+        "provenance": _provenance_record(e.provenance),
+        "notice": "Research use. Not for diagnostic use. Describes the model, not the disease.",
+    }
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """UTF-8 JSON text without NaN."""
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_record(record: Mapping[str, Any], evidence: npt.ArrayLike) -> Explanation:
+    """The Explanation a record and its evidence (i, j, k) stand for.
+
+    Raises:
+        ImageError: the record is not of this format or lacks a key.
+    """
+    if record.get("format") != FORMAT:
+        raise ImageError(
+            f"expected an explanation of format {FORMAT!r}, got {record.get('format')!r}."
+        )
+    try:
+        return _from_record(record, np.asarray(evidence, dtype=np.float32))
+    except (KeyError, TypeError) as error:
+        raise ImageError(f"the explanation's record is damaged: {error}.") from error
+
+
+def _from_record(r: Mapping[str, Any], evidence: npt.NDArray[np.float32]) -> Explanation:
+    scale = r["colour_scale"]
+    fixed = scale is not None and scale["volumes"] > 0
+    return Explanation(
+        evidence=evidence,
+        grid=_grid(r["cell_grid"]),
+        image=_grid(r["image_grid"]),
+        score=r["score"],
+        reference_score=r["reference_score"],
+        target=Target(**{**r["target"], "index": tuple(r["target"]["index"])}),
+        method=r["method"],
+        layer=r["layer"],
+        reference=Reference(**r["reference"]),
+        cells=_cells(r["cells"]),
+        status=r["status"],
+        cost_in_forwards=r["cost_in_forwards"],
+        provenance=_provenance(r["provenance"]),
+        bypassed=r["bypassed"],
+        modality=r["modality"],
+        calibration=Calibration(**scale) if fixed else None,
+        regions=tuple(
+            Region(**{**x, "centre_ras_mm": tuple(x["centre_ras_mm"])}) for x in r["regions"]
+        ),
+        trials=tuple(LayerTrial(**t) for t in r["layer_trials"]),
+        warnings=tuple(r["warnings"]),
+    )
+
+
+def _cells(record: Mapping[str, Any]) -> Cells:
+    places = {k: tuple(record[k]) for k in ("jump", "start", "receptive_field")}
+    return Cells(**places, how=record["how"])
+
+
+def _scale(e: Explanation, maps: Maps | None) -> dict[str, Any] | None:
+    if e.calibration is not None:
+        return asdict(e.calibration)
+    if maps is not None:
+        return asdict(from_case(maps.signed.peak, e.target.label, e.method, e.layer))
+    return None
+
+
+def _grid_record(grid: Geometry) -> dict[str, Any]:
+    return {
+        "shape": list(grid.shape),
+        "affine_ras": grid.affine.tolist(),
+        "frame": grid.frame,
+        "frame_uid": grid.frame_uid,
+    }
+
+
+def _grid(record: Mapping[str, Any]) -> Geometry:
+    i, j, k = record["shape"]
+    affine = np.array(record["affine_ras"], dtype=np.float64)
+    return Geometry((i, j, k), affine, record["frame"], record["frame_uid"])
+
+
+def _provenance_record(p: Provenance) -> dict[str, Any]:
+    return {**asdict(p), "input_sha256": list(p.input_sha256), "notes": list(p.notes)}
+
+
+def _provenance(record: Mapping[str, Any]) -> Provenance:
+    return Provenance(
+        **{
+            **record,
+            "input_sha256": tuple(record["input_sha256"]),
+            "notes": tuple(record["notes"]),
+        }
+    )

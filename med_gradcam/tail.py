@@ -1,0 +1,235 @@
+"""How is the part of a network behind a layer run alone, many times, at its own price only?
+
+One recording pass keeps, at the moment the layer has run, the outputs of the outermost modules that
+finished before it. A replay runs the network again with those modules answering from memory and
+the layer answering with a given activation, so only the operations behind the layer (and bare
+functions between modules, which are cheap) are computed. Inside a plain Sequential an output that
+only feeds another remembered module is not kept.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from med_gradcam.errors import CannotExplainError
+
+Score = Callable[[Any], torch.Tensor]
+_LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+@contextmanager
+def at_rest(net: torch.nn.Module) -> Iterator[None]:
+    """The network in eval mode with frozen parameters, to itself; afterwards as it was.
+
+    Threads that explain with one network wait for each other, since hooks and patched modules
+    belong to the network and not to the thread.
+    """
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(net, threading.RLock())
+    with lock:
+        modes = [(m, m.training) for m in net.modules()]
+        grads = [(p, p.requires_grad) for p in net.parameters()]
+        try:
+            for module, _ in modes:
+                module.training = False
+            for parameter, _ in grads:
+                parameter.requires_grad = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, grad in grads:
+                parameter.requires_grad = grad
+
+
+@dataclass(slots=True)
+class _Call:
+    """A module at work during the recording pass: whose child it is, and what was done before."""
+
+    module: torch.nn.Module
+    parent: _Call | None
+    first_record: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What a finished module answered; `output` is None where only remembered modules need it."""
+
+    module: torch.nn.Module
+    parent: _Call | None
+    output: Any
+
+
+@dataclass(slots=True)
+class _Recording:
+    wanted: dict[torch.nn.Module, str]
+    stack: list[_Call] = field(default_factory=list)
+    records: list[_Memory] = field(default_factory=list)
+    memories: dict[str, tuple[_Memory, ...]] = field(default_factory=dict)
+    activations: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def begin(self, module: torch.nn.Module, inputs: Any) -> None:
+        del inputs
+        parent = self.stack[-1] if self.stack else None
+        self.stack.append(_Call(module, parent, len(self.records)))
+
+    def end(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        del inputs
+        call = self.stack.pop()
+        records = self.records[: call.first_record]
+        if records and call.parent is not None and type(call.parent.module) is torch.nn.Sequential:
+            before = records[-1]
+            if before.parent is call.parent:  # its output only feeds this module
+                records[-1] = _Memory(before.module, before.parent, None)
+        self.records = records
+        name = self.wanted.get(module)
+        if name is not None:
+            if name in self.memories:
+                raise CannotExplainError(
+                    "shared layer",
+                    f"expected the layer {name!r} to run once per scan, it ran twice or more "
+                    f"(shared weights); choose another layer.",
+                )
+            self.memories[name] = tuple(records)
+            self.activations[name] = _activation(output, name).detach().clone()
+        self.records.append(_Memory(module, call.parent, output))
+
+
+def _activation(output: Any, name: str) -> torch.Tensor:
+    if not isinstance(output, torch.Tensor) or output.ndim != 5:
+        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise CannotExplainError(
+            "logits",
+            f"expected the layer {name!r} to put out (1, C, i, j, k), got {got}; "
+            f"choose an earlier layer.",
+        )
+    return output
+
+
+def _expand(value: Any, count: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.expand(count, *value.shape[1:]) if count > 1 else value.clone()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_expand(v, count) for v in value)
+    if isinstance(value, dict):
+        return {k: _expand(v, count) for k, v in value.items()}
+    return value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tail:
+    """The network behind one layer, for one input `x` (1, C, I, J, K)."""
+
+    net: torch.nn.Module
+    layer: str
+    x: torch.Tensor
+    memory: tuple[_Memory, ...]
+
+    def run(self, activations: torch.Tensor) -> Any:
+        """The network's output when the layer puts out `activations` (n, C, i, j, k)."""
+        with self._replay(activations):
+            return self.net(self.x.expand(len(activations), *self.x.shape[1:]))
+
+    @contextmanager
+    def _replay(self, activations: torch.Tensor) -> Iterator[None]:
+        answers: dict[torch.nn.Module, deque[Any]] = defaultdict(deque)
+        for memory in self.memory:
+            answers[memory.module].append(memory.output)
+        module = self.net.get_submodule(self.layer)
+        missing = object()
+        before = {m: m.__dict__.get("forward", missing) for m in (*answers, module)}
+        count = len(activations)
+
+        def answer(owner: torch.nn.Module) -> Callable[..., Any]:
+            queue, real = answers[owner], owner.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if not queue:
+                    return real(*args, **kwargs)
+                value = queue.popleft()
+                return activations.new_zeros(1) if value is None else _expand(value, count)
+
+            return forward
+
+        try:
+            for owner in list(answers):
+                owner.__dict__["forward"] = answer(owner)
+            # A clone: what follows may work in place, the activation itself must stay.
+            module.__dict__["forward"] = lambda *_a, **_k: activations.clone()
+            yield
+        finally:
+            for owner, forward in before.items():
+                if forward is missing:
+                    owner.__dict__.pop("forward", None)
+                else:
+                    owner.__dict__["forward"] = forward
+
+    def scores(self, activations: torch.Tensor, score: Score) -> torch.Tensor:
+        """Scores (n,) of the target for activations (n, C, i, j, k); no gradient."""
+        with torch.no_grad():
+            return score(self.run(activations))
+
+    def gradients(self, activations: torch.Tensor, score: Score) -> torch.Tensor:
+        """D score / d activation for each of n activations, shape (n, C, i, j, k)."""
+        with torch.enable_grad():
+            leaf = activations.detach()
+            leaf.requires_grad = True
+            total = score(self.run(leaf)).sum()
+            if not total.requires_grad:
+                raise CannotExplainError("zero gradient", no_gradient(self.layer))
+            return torch.autograd.grad(total, leaf)[0]
+
+
+def no_gradient(layer: str) -> str:
+    """What to say when the score does not depend on a layer."""
+    return (
+        f"the score does not depend on the layer {layer!r} for this scan (its gradient is zero "
+        f"everywhere), so a map of it would show nothing; choose another layer or target."
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recorded:
+    """One forward: the raw output, and for each layer its activation (1, C, i, j, k) and tail."""
+
+    output: Any
+    activations: dict[str, torch.Tensor]
+    tails: dict[str, Tail]
+
+
+def record(net: torch.nn.Module, layers: Sequence[str], x: torch.Tensor) -> Recorded:
+    """Run the network once without gradients and remember what its tails need.
+
+    Raises:
+        CannotExplainError: a layer never runs, runs twice or puts out no (1, C, i, j, k).
+    """
+    recording = _Recording({net.get_submodule(name): name for name in layers})
+    handles = []
+    for module in net.modules():
+        if module is not net:
+            handles.append(module.register_forward_pre_hook(recording.begin))
+            handles.append(module.register_forward_hook(recording.end))
+    try:
+        with torch.no_grad():
+            output = net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        if name not in recording.activations:
+            raise CannotExplainError(
+                "never ran",
+                f"expected the layer {name!r} to run for this scan, it never did; "
+                f"choose a layer that `med-gradcam inspect MODEL` lists.",
+            )
+    tails = {name: Tail(net, name, x, recording.memories[name]) for name in layers}
+    return Recorded(output, recording.activations, tails)
