@@ -46,12 +46,21 @@ def check_formats(formats: Sequence[str], volume: Volume | None) -> tuple[str, .
         UsageError: DICOM without a DICOM source.
     """
     check_names(formats)
-    if "dicom" in formats and (volume is None or volume.source.kind != "dicom"):
-        raise UsageError(
-            "expected a scan read from DICOM for the format 'dicom', since the maps refer to its "
-            "slices; leave 'dicom' out, or give the DICOM folder."
-        )
+    reason = _no_dicom(volume) if "dicom" in formats else None
+    if reason is not None:
+        raise UsageError(reason)
     return tuple(dict.fromkeys(formats))
+
+
+def default_formats(volume: Volume) -> tuple[str, ...]:
+    """NIfTI and pictures; and DICOM where the scan's slices can be referred to."""
+    return ("nifti", "png") if _no_dicom(volume) else ("nifti", "png", "dicom")
+
+
+def _no_dicom(volume: Volume | None) -> str | None:
+    """Why DICOM maps of a scan cannot be written, or None."""
+    reason: str | None = _plugins.load("formats", WRITERS["dicom"]).why_not(volume)
+    return reason
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
