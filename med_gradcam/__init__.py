@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "Cancelled": "errors",
     "Explanation": "explanation",
     "Geometry": "geometry",
     "Heatmap": "maps",
@@ -19,6 +20,7 @@ _HOME = {
     "Model": "model",
     "Projection": "projection",
     "Provenance": "provenance",
+    "Step": "progress",
     "Target": "target",
     "Volume": "volume",
     "draw": "maps",
@@ -27,6 +29,7 @@ _HOME = {
     "load_model": "loading",
     "project": "projection",
     "read": "loading",
+    "read_explanation": "loading",
     "write": "delivery",
 }
 
@@ -35,16 +38,19 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from med_gradcam.delivery import write as write
     from med_gradcam.engine import explain as explain
+    from med_gradcam.errors import Cancelled as Cancelled
     from med_gradcam.errors import MedGradcamError as MedGradcamError
     from med_gradcam.explanation import Explanation as Explanation
     from med_gradcam.geometry import Geometry as Geometry
     from med_gradcam.inspection import inspect as inspect
     from med_gradcam.loading import load_model as load_model
     from med_gradcam.loading import read as read
+    from med_gradcam.loading import read_explanation as read_explanation
     from med_gradcam.maps import Heatmap as Heatmap
     from med_gradcam.maps import draw as draw
     from med_gradcam.model import InputSpec as InputSpec
     from med_gradcam.model import Model as Model
+    from med_gradcam.progress import Step as Step
     from med_gradcam.projection import Projection as Projection
     from med_gradcam.projection import project as project
     from med_gradcam.provenance import Provenance as Provenance

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from med_gradcam.errors import UsageError
 from med_gradcam.explanation import Explanation
 from med_gradcam.maps import Maps
 from med_gradcam.volume import Volume
@@ -19,6 +20,13 @@ class Bundle:
     maps: Maps
     volume: Volume | None = None
     identified: bool = False
+
+    def __post_init__(self) -> None:
+        if self.volume is not None and self.volume.grid != self.maps.signed.grid:
+            raise UsageError(
+                f"expected the scan that was explained, on a grid {self.maps.signed.grid.shape}, "
+                f"got one on another grid {self.volume.grid.shape}."
+            )
 
 
 class Writer(Protocol):

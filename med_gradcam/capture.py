@@ -27,7 +27,7 @@ class Capture:
     `activation` and `baseline` (the reference input's activation, or None) have shape (C, i, j, k);
     `score` is the target's for the case, `reference_score` that of the reference input; `tail` runs
     the network behind the layer; `passes` counts how many times that was done (one pass is a
-    forward and, with a gradient, a backward of about twice its price).
+    forward and, with a gradient, a backward of about the same price, weights being frozen).
     """
 
     layer: str
@@ -43,12 +43,20 @@ class Capture:
     def gradient(self) -> torch.Tensor:
         """D score / d activation at the case, shape (C, i, j, k)."""
         if self.known_gradient is None:
+            self._check_tail()
             self.known_gradient = self.gradients(self.activation[None])[0]
         return self.known_gradient
 
+    def _check_tail(self) -> None:
+        """Make sure that the tail gives the network's own score, also within a batch."""
+        other = self.activation / 2 if self.baseline is None else self.baseline
+        pair = torch.stack([self.activation, other])
+        self.passes += 2.0
+        self.tail = self.tail.faithful(pair, self.target, self.score)
+
     def gradients(self, activations: torch.Tensor) -> torch.Tensor:
         """D score / d activation at other activations, both (n, C, i, j, k)."""
-        self.passes += 3.0 * len(activations)
+        self.passes += 2.0 * len(activations)
         return self.tail.gradients(activations, self.target)
 
     def scores(self, activations: torch.Tensor) -> torch.Tensor:
@@ -84,10 +92,10 @@ def capture(
         leaves.append(leaf)
         return leaf.clone()  # what follows may work in place
 
-    handle = net.get_submodule(layer).register_forward_hook(reroot)
+    handle = net.get_submodule(layer).register_forward_hook(reroot, prepend=True)
     try:
         with torch.no_grad():
-            output = net(x)
+            output = net(x.clone())  # which may work in place on it
             if not leaves:
                 raise CannotExplainError("never ran", f"the layer {layer!r} never ran.")
             target = choose(output)
@@ -131,7 +139,7 @@ def captures(recorded: Recorded, target: Score, reference: Recorded | None) -> d
 def outputs(net: torch.nn.Module, x: torch.Tensor) -> Any:
     """The raw output of a plain prediction."""
     with torch.no_grad():
-        return net(x)
+        return net(x.clone())
 
 
 # ---------------------------------------------------------------------------------- the guards

@@ -2,8 +2,8 @@
 
 Balls are filled with reference tissue (with its texture) in the input, the score's change is the
 truth; each candidate layer's map says what it thinks the ball is worth. The layer whose slope
-(ledger per true effect) is nearest 1 wins, ties go to the coarser one. Source: shared measurements
-on a trained CT network, where the last block keeps 12 % of the effect and an earlier one 95 %.
+(ledger per true effect) is nearest 1 wins, ties go to the coarser one. Measured on
+a trained CT network, the last block keeps 12 % of the effect and an earlier one 95 %.
 """
 
 from __future__ import annotations
@@ -131,12 +131,15 @@ def ledger(candidate: CandidateMap, grid: Geometry, mask: npt.ArrayLike) -> floa
 
 
 def slope_and_r(says: Sequence[float], true: Sequence[float]) -> tuple[float | None, float | None]:
-    """Least-squares slope through the origin of what the map says on the true effects, and r."""
+    """Least-squares slope through the origin of what the map says on the true effects, and r.
+
+    r is None for fewer than three regions: two points always lie on a line.
+    """
     e, d = np.asarray(says), np.asarray(true)
     if float((d * d).sum()) == 0:
         return None, None
     slope = float((e * d).sum() / (d * d).sum())
-    flat = len(d) < 2 or e.std() == 0 or d.std() == 0
+    flat = len(d) < 3 or e.std() == 0 or d.std() == 0
     return slope, None if flat else float(np.corrcoef(e, d)[0, 1])
 
 

@@ -83,24 +83,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return commands.run(args)
-    except MedGradcamError as error:
-        code, message = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, message = 130, "stopped; nothing was written."
     except BrokenPipeError:
         return 0
-    except MemoryError:
-        code, message = 5, "expected more memory than this machine has free; try a deeper --layer."
-    except Exception as error:  # noqa: BLE001 - the last door: a sentence, not a traceback
-        code = 1
-        message = (
-            f"an internal error ({type(error).__name__}: {error}); "
-            f"run again with --debug and report what it shows."
-        )
-    if args.debug:
-        traceback.print_exc()
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a sentence, no traceback
+        if args.debug:
+            traceback.print_exception(error)
+        code, message = _said(error)
     print(f"med-gradcam: {message}", file=sys.stderr)  # noqa: T201
     return code
+
+
+def _said(error: BaseException) -> tuple[int, str]:
+    """The exit code and the sentence for an error."""
+    if isinstance(error, MedGradcamError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped; nothing was written."
+    if isinstance(error, MemoryError):
+        return 5, "expected more memory than this machine has free; try a deeper --layer."
+    return 1, (
+        f"an internal error ({type(error).__name__}: {error}); "
+        f"run again with --debug and report what it shows."
+    )
 
 
 if __name__ == "__main__":

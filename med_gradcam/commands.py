@@ -56,6 +56,8 @@ def _explain(args: argparse.Namespace) -> int:
         delivery.check_names(_split(args.formats))
     model = loading.load_model(args.model, args.trust)
     volume = loading.read(args.image)
+    if args.formats is not None:
+        delivery.check_formats(_split(args.formats), volume)
     if args.at is not None:
         point = parse_point(args.at, volume.grid)
         tell(f"looking at {point_words(point)}, {side_words(point)}")
@@ -76,7 +78,8 @@ def explain_case(volume: Volume, model: Model, args: argparse.Namespace) -> Expl
     from med_gradcam import engine, loading
 
     reference: str | Volume = getattr(args, "reference", "auto")
-    if isinstance(reference, str) and Path(reference).exists():
+    words = ("auto", "tissue", "zero")
+    if isinstance(reference, str) and reference not in words and Path(reference).exists():
         reference = loading.read(reference)
     with progress_bar(quiet=args.quiet) as progress:
         return engine.explain(
@@ -110,14 +113,13 @@ def _split(text: str) -> tuple[str, ...]:
 def _deliver(explanation: Explanation, volume: Volume, args: argparse.Namespace) -> Path:
     from med_gradcam import delivery
 
-    default = ("nifti", "png", "dicom") if volume.source.kind == "dicom" else ("nifti", "png")
     wish = getattr(args, "formats", None)
     with progress_bar(quiet=args.quiet) as progress:
         return delivery.write(
             explanation,
             args.output,
             volume=volume,
-            formats=default if wish is None else _split(wish),
+            formats=delivery.default_formats(volume) if wish is None else _split(wish),
             overwrite=args.overwrite,
             identified=getattr(args, "identified", False),
             progress=progress,
@@ -203,7 +205,7 @@ def _demo(args: argparse.Namespace) -> int:
     delivery.check_output(folder, overwrite=args.overwrite)
     finished = demo.run(folder, args, explain_case)
     if args.json:
-        say(json.dumps([c.as_json() for c in finished.cases], indent=1))
+        say(json.dumps([c.record for c in finished.cases], indent=1))
     else:
         say(table([(case.name, case.explanation) for case in finished.cases]))
         say("for raises the model's score, against lowers it; both in log-odds")
@@ -240,6 +242,8 @@ def _inspect(args: argparse.Namespace) -> int:
         report = inspection.of_scan(loading.read(args.model))
     else:
         scan = None if args.image is None else loading.read(args.image)
+        if scan is None and args.at is not None:
+            raise UsageError("expected an IMAGE with --at: inspect MODEL IMAGE --at POINT.")
         report = inspection.inspect(model, scan, args.at, every=args.all)
     say(json.dumps(report, indent=1) if args.json else inspection.as_text(report))
     return 0

@@ -6,7 +6,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from med_gradcam import _plugins
@@ -70,27 +71,33 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         OutputExistsError: it exists, and overwrite was not asked for or it is not one of ours.
         ResourceError: its parent cannot be written.
     """
-    if folder.exists():
-        if not overwrite:
-            raise OutputExistsError(
-                f"the output folder {str(folder)!r} exists already; choose another name, or say "
-                f"--overwrite to replace it whole."
-            )
-        ours = folder.is_dir() and (
-            (folder / "explanation.json").is_file() or not any(folder.iterdir())
-        )
-        if not ours:
-            raise OutputExistsError(
-                f"{str(folder)!r} holds no explanation.json, so it is not one of our output "
-                f"folders and will not be replaced; choose another name."
-            )
-    parent = folder.absolute().parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=parent):
+        if folder.exists():
+            _check_ours(folder, overwrite=overwrite)
+        place = folder.absolute().parent
+        while not place.exists():  # made only when there is something to put there
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise _resource(error, parent) from error
+        raise _resource(error, folder) from error
+
+
+def _check_ours(folder: Path, *, overwrite: bool) -> None:
+    if not overwrite:
+        raise OutputExistsError(
+            f"the output folder {str(folder)!r} exists already; choose another name, or say "
+            f"--overwrite to replace it whole."
+        )
+    ours = folder.is_dir() and (
+        any((folder / name).is_file() for name in ("explanation.json", "demo.json"))
+        or not any(folder.iterdir())
+    )
+    if not ours:
+        raise OutputExistsError(
+            f"{str(folder)!r} holds no explanation.json, so it is not one of our output "
+            f"folders and will not be replaced; choose another name."
+        )
 
 
 def write(  # noqa: PLR0913 - the door out, as explain() is the door in
@@ -116,11 +123,7 @@ def write(  # noqa: PLR0913 - the door out, as explain() is the door in
     folder = Path(directory)
     wished = check_formats(formats, volume)
     check_output(folder, overwrite=overwrite)
-    try:
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.absolute().parent))
-    except OSError as error:
-        raise _resource(error, folder) from error
-    try:
+    with staged(folder) as partial:
         maps = draw(explanation)
         bundle = Bundle(explanation, maps, volume, identified)
         for done, name in enumerate(wished):
@@ -129,15 +132,35 @@ def write(  # noqa: PLR0913 - the door out, as explain() is the door in
         text = to_json(to_record(explanation, maps))
         (partial / "explanation.json").write_text(text, encoding="utf-8")
         progress(Step(len(wished), len(wished) + 1, "writing"))
+    return folder
 
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place when the block ends without an error.
+
+    After an error nothing is left behind, and an old `folder` is as it was.
+
+    Raises:
+        ResourceError: no room or no permission.
+    """
+    parent, partial = folder.absolute().parent, None
+    made = [p for p in (parent, *parent.parents) if not p.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+        yield partial
         put_in_place(partial, folder)
     except MedGradcamError:
         raise
     except OSError as error:
         raise _resource(error, folder) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # the first that is not empty ends it
+            for place in made:
+                place.rmdir()
 
 
 def _umask() -> int:
@@ -153,9 +176,17 @@ def put_in_place(partial: Path, folder: Path) -> None:
         partial.rename(folder)
         return
     old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.absolute().parent))
-    folder.rename(old / "was")
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    was = old / "was"
+    try:
+        folder.rename(was)
+        try:
+            partial.rename(folder)
+        except OSError:
+            was.rename(folder)
+            raise
+    finally:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _resource(error: OSError, place: Path) -> ResourceError:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,6 @@ from med_gradcam import delivery, loading, samples
 from med_gradcam.errors import ImageError
 from med_gradcam.explanation import Explanation
 from med_gradcam.model import Model
-from med_gradcam.record import to_record
 from med_gradcam.volume import Volume
 
 Explain = Callable[[Volume, Model, argparse.Namespace], Explanation]
@@ -23,14 +20,11 @@ Explain = Callable[[Volume, Model, argparse.Namespace], Explanation]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One sample scan and its explanation."""
+    """One sample scan, its explanation and what was written of it."""
 
     name: str
     explanation: Explanation
-
-    def as_json(self) -> dict[str, Any]:
-        """The case's record, with its name."""
-        return {"case": self.name, **to_record(self.explanation)}
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +42,17 @@ def run(folder: Path, args: argparse.Namespace, explain: Explain) -> Finished:
         plan = json.loads((home / "demo.json").read_text(encoding="utf-8"))["cases"]
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ImageError(f"expected demo.json in sample_volumes, got: {error}.") from error
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.absolute().parent))
     cases = []
-    try:
+    with delivery.staged(folder) as partial:
         for entry in plan:
             model = loading.load_model(home / entry["net"])
             volume = loading.read(home / entry["image"])
             explanation = explain(volume, model, args)
-            dicom = ("dicom",) if volume.source.kind == "dicom" else ()
-            delivery.write(
-                explanation,
-                partial / entry["name"],
-                volume=volume,
-                formats=("nifti", "png", *dicom),
-            )
-            cases.append(Case(entry["title"], explanation))
-        records = [c.as_json() for c in cases]
-        (partial / "explanation.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
-        delivery.put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            formats = delivery.default_formats(volume)
+            out = partial / entry["name"]
+            delivery.write(explanation, out, volume=volume, formats=formats)
+            record = json.loads((out / "explanation.json").read_text(encoding="utf-8"))
+            cases.append(Case(entry["title"], explanation, {"case": entry["title"], **record}))
+        text = json.dumps([case.record for case in cases], indent=1)
+        (partial / "demo.json").write_text(text, encoding="utf-8")
     return Finished(tuple(cases), folder / plan[0]["name"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 NORMAL, PRECISE = 0.05, 0.01  # share of the score's difference that a sum may miss
 ABSOLUTE = 0.02  # and never less than this, in log-odds
+ROUNDING = 1e-5  # share of a score that single precision cannot resolve
 NOT_A_CUT = 0.01  # share that may flow past a layer before the result says so
+# What a network raises of its own when an input does not fit it.
+MISFIT = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
+_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory")
 REFERENCE_FREE = Reference("none", None, "no reference: this method looks at the scan alone")
 
 
@@ -70,16 +74,17 @@ def explain(  # noqa: PLR0913 - the one door; each setting is a key of the JSON
     request = Request(
         str(target), layer, method, reference, at, precise, device, threads, seed, progress
     )
-    found_model = as_model(model, image, link)
+    with at_rest(model) if isinstance(model, torch.nn.Module) else nullcontext():
+        found_model = as_model(model, image, link)  # reads the weights: no other thread at work
     volume = as_volume(image, affine, found_model)
     module = _plugins.load("methods", method)
     prepared = prepare(volume, found_model, at)
     with (
         request.threads_set(),
-        request.on_device(found_model) as where,
         at_rest(found_model.net),
+        request.on_device(found_model) as where,
         stoppable(found_model.net, progress),
-        network_errors(found_model, prepared),
+        network_errors(found_model, prepared.raw.shape),
     ):
         return Case(request, volume, found_model, module, prepared, where).explained()
 
@@ -99,8 +104,10 @@ class Case:
     def explained(self) -> Explanation:
         """The whole path: trace, capture, method, layer choice, placement."""
         self._say(0, "following the network")
+        reference.build("zero", self.prepared, None, "")  # refuses a constant scan
         x = self._tensor(self.prepared.network_input())
-        traced = trace(self.model.net, x.shape[1:])
+        with network_errors(self.model, self.prepared.raw.shape, MISFIT):
+            traced = trace(self.model.net, x.shape[1:])
         wanted = self._layers(traced)
         alone = len(wanted) == 1 and not self.method.USES_REFERENCE
         self._say(1, "running the network")
@@ -116,10 +123,10 @@ class Case:
         if len(passed) > 1 and background is not None:
             choice = self._choose(passed, background, traced, target)
         chosen = passed[choice.layer if choice else next(iter(passed))]
-        bound = self._bound(target)
+        bound = self._bound(target, chosen.score)
         self._say(4, "adding up")
         evidence = self.method.evidence(chosen, bound)
-        for name, capture_ in passed.items():
+        for name, capture_ in found.items():
             self.forwards += capture_.passes * traced.tail_share(name)
         self._say(5, "placing the cells")
         return self._explanation(chosen, evidence, traced, target, background, (choice, refused))
@@ -131,7 +138,7 @@ class Case:
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         first = next(self.model.net.parameters(), torch.empty(0))
-        return torch.from_numpy(np.ascontiguousarray(array))[None].to(self.where, first.dtype)
+        return torch.tensor(array[None], dtype=first.dtype, device=self.where)  # a copy of its own
 
     def _layers(self, traced: Trace) -> list[str]:
         if self.request.layer != "auto":
@@ -148,13 +155,19 @@ class Case:
 
     def _pick_target(self, output: Any) -> Target:
         logits = output_matrix(output)
+        if len(logits) != 1:
+            raise CannotExplainError(
+                "output",
+                f"expected one row of scores per scan (1, K), got {tuple(logits.shape)} for one "
+                f"scan; does the network squeeze away its batch axis?",
+            )
         if not bool(torch.isfinite(logits).all()):
             raise CannotExplainError(
                 "not finite",
                 "the network's output holds NaN or infinite values for this scan; check the "
                 "weights and the intensity steps.",
             )
-        scores = [float(v) for v in logits[0]]
+        scores = [float(v) for v in logits[0].detach()]
         labels, link = self.model.labels, self.model.link
         if labels and len(labels) != len(scores):
             raise ModelError(
@@ -167,7 +180,7 @@ class Case:
         wish = self.request.reference
         if isinstance(wish, Volume):
             other = prepare(wish, self.model, self.request.at)
-            return reference.from_scan(other.raw, self.prepared)
+            return reference.from_scan(other, self.prepared)
         return reference.build(wish, self.prepared, self._modality(), self._unit())
 
     def _modality(self) -> str | None:
@@ -177,7 +190,6 @@ class Case:
         return "HU" if self._modality() == "CT" else "a.u."
 
     def _direct(self, layer: str, x: torch.Tensor) -> tuple[dict[str, Capture], Target]:
-        reference.build("zero", self.prepared, None, "")  # refuses a constant scan
         chosen: list[Target] = []
 
         def choose(output: Any) -> Target:
@@ -186,7 +198,7 @@ class Case:
 
         _, found = capture(self.model.net, layer, x, choose)
         self.forwards += 1
-        found.passes = 2.0  # the backward of the tail
+        found.passes = 1.0  # the backward of the tail
         return {layer: found}, chosen[0]
 
     def _recorded(
@@ -215,6 +227,8 @@ class Case:
                 check_signal(capture_)
                 info = traced.find(name)
                 check_norm_trap(capture_, feeds_norm=info is not None and info.feeds_norm)
+                if not named:  # refuses where the cells' place cannot be told
+                    place(self.model.net, layers.check_places(info, name), self.prepared.raw.shape)
                 passed[name] = capture_
             except CannotExplainError as error:
                 if named or error.reason == "not finite":
@@ -237,12 +251,9 @@ class Case:
         maps = []
         for name, capture_ in passed.items():
             info = layers.check_places(traced.find(name), name)
-            if info.lattice is None:
-                continue
+            cells = place(self.model.net, info, self.prepared.raw.shape)
             evidence = self.method.evidence(capture_, Bound(float("inf"), 0.0))
-            grid = cell_grid(
-                self.prepared.grid, info.lattice.jump, info.lattice.start, info.shape[1:]
-            )
+            grid = cell_grid(self.prepared.grid, cells.jump, cells.start, info.shape[1:])
             maps.append(causal.CandidateMap(name, evidence.values.cpu().numpy(), grid))
         self._say(3, "choosing the layer")
         first = next(iter(passed.values()))
@@ -260,10 +271,11 @@ class Case:
             self.request.seed,
         )
 
-    def _bound(self, target: Target) -> Bound:
+    def _bound(self, target: Target, score: float) -> Bound:
         share = PRECISE if self.request.precise else NORMAL
-        absolute = 0.0 if self.request.precise or target.link == "none" else ABSOLUTE
-        return Bound(absolute, share)
+        rounding = ROUNDING * max(1.0, abs(score))
+        coarse = not self.request.precise and target.link != "none"
+        return Bound(max(ABSOLUTE, rounding) if coarse else rounding, share)
 
     # -------------------------------------------------------------------------- the result
 
@@ -325,6 +337,11 @@ class Case:
         difference = chosen.score - against
         past = evidence.start_score - against
         bypassed = past / difference if difference else 0.0
+        if not evidence.converged:
+            warnings.append(
+                f"the integral has not converged after {evidence.nodes} nodes: the map misses "
+                f"the score by more than the bound"
+            )
         if abs(past) > max(NOT_A_CUT * abs(difference), 1e-3 * max(1.0, abs(chosen.score))):
             warnings.append(
                 f"{bypassed:.0%} of the score's difference flows past the layer "
@@ -332,10 +349,6 @@ class Case:
             )
             return "not_a_cut", bypassed, warnings
         if not evidence.converged:
-            warnings.append(
-                f"the integral has not converged after {evidence.nodes} nodes: the map misses "
-                f"the score by more than the bound"
-            )
             return "not_converged", bypassed, warnings
         return "complete", bypassed, warnings
 
@@ -357,26 +370,28 @@ def stoppable(net: torch.nn.Module, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def network_errors(model: Model, prepared: Prepared) -> Iterator[None]:
-    """Turns torch's errors while a network runs into ours."""
+def network_errors(
+    model: Model, shape: Sequence[int], kinds: tuple[type[Exception], ...] = (RuntimeError,)
+) -> Iterator[None]:
+    """Turns errors of these kinds while a network runs (torch's are RuntimeErrors) into ours."""
     try:
         yield
     except MedGradcamError:
         raise
     except MemoryError as error:
-        raise ResourceError(_no_memory(prepared)) from error
-    except RuntimeError as error:
+        raise ResourceError(_no_memory(shape)) from error
+    except kinds as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "memory" in text.lower():
-            raise ResourceError(_no_memory(prepared)) from error
+        if any(words in text.lower() for words in _MEMORY_WORDS):
+            raise ResourceError(_no_memory(shape)) from error
         raise ModelError(
             f"expected the network of {model.name!r} to run on an input of shape "
-            f"{(1, *prepared.raw.shape)}, it failed: {text}."
+            f"{(1, *shape)}, it failed: {text}."
         ) from error
 
 
-def _no_memory(prepared: Prepared) -> str:
+def _no_memory(shape: Sequence[int]) -> str:
     return (
-        f"not enough memory to explain an input of shape {(1, *prepared.raw.shape)}; choose a "
+        f"not enough memory to explain an input of shape {(1, *shape)}; choose a "
         f"deeper layer with --layer, or a machine with more memory."
     )

@@ -84,7 +84,7 @@ class Explanation:
     through the layer. Positive cells raise the model's score, negative ones lower it.
 
     Raises:
-        InputError: the evidence is not finite or not on its grid.
+        InputError: evidence or score is not finite, or the evidence is not on its grid.
     """
 
     evidence: npt.NDArray[np.float32]
@@ -120,6 +120,15 @@ class Explanation:
             )
         if self.status not in STATUS_WORDS:
             raise InputError(f"expected a status of {list(STATUS_WORDS)}, got {self.status!r}.")
+        for name in ("score", "reference_score"):
+            value = getattr(self, name)
+            if value is not None and not np.isfinite(value):
+                raise InputError(f"expected a finite {name}, got {value}.")
+        if self.calibration is not None and self.calibration.of_case:
+            raise InputError(
+                "expected a colour scale learnt from scans, or None for the case's own, got one "
+                "learnt from 0 scans."
+            )
         evidence.setflags(write=False)
         object.__setattr__(self, "evidence", evidence)
 

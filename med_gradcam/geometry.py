@@ -36,9 +36,10 @@ class Geometry:
     frame_uid: str | None = None
 
     def __post_init__(self) -> None:
-        shape = tuple(int(n) for n in self.shape)
-        if len(shape) != 3 or min(shape) < 1:
+        given: tuple[float, ...] = tuple(self.shape)
+        if len(given) != 3 or not all(n >= 1 and n == n // 1 for n in given):
             raise GeometryError(f"expected a shape of three positive integers, got {self.shape}.")
+        shape = tuple(int(n) for n in given)
         affine = np.array(self.affine, dtype=np.float64)
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
             raise GeometryError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +71,8 @@ class Trace:
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
     if isinstance(values, torch.Tensor):
         yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
+    elif isinstance(values, (tuple, list, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
             yield from _tensors(value)
 
 
@@ -91,6 +92,8 @@ class _Follow(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        else:  # an operation per value put out
+            self.flops += sum(t.numel() for t in _tensors(out))
         known = [(t, self.lattices[t]) for t in _tensors(args) if t in self.lattices]
         if known:
             for result in _tensors(out):
@@ -134,7 +137,8 @@ class _Consumers(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         del types
-        owners = {n for t in _tensors(args) if t in self.owners for n in self.owners[t]}
+        given = (*args, *(kwargs or {}).values())
+        owners = {n for t in _tensors(given) if t in self.owners for n in self.owners[t]}
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if owners and name in _PASSED_ON and isinstance(out, torch.Tensor):
@@ -192,9 +196,27 @@ def trace(net: torch.nn.Module, shape: Sequence[int]) -> Trace:
         return x, lambda: net(x)
 
     try:
-        return _run(net, *on_meta())
+        with _attributes_kept(net):  # what a network keeps of this pass has no values
+            return _run(net, *on_meta())
     except (RuntimeError, NotImplementedError, TypeError):
         return _run(net, *for_real())
+
+
+@contextmanager
+def _attributes_kept(net: torch.nn.Module) -> Iterator[None]:
+    """Each module's attributes, and the dicts, lists and sets among them, as they were."""
+    kept = [(m.__dict__, dict(m.__dict__)) for m in net.modules()]
+    plain = [v for _, before in kept for v in before.values() if type(v) in (dict, list, set)]
+    inside = [(value, value.copy()) for value in plain]
+    try:
+        yield
+    finally:
+        for attributes, before in kept:
+            attributes.clear()
+            attributes.update(before)
+        for value, copy in inside:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(copy)
 
 
 def _run(net: torch.nn.Module, x: torch.Tensor, call: Callable[[], Any]) -> Trace:
@@ -211,7 +233,7 @@ def _run(net: torch.nn.Module, x: torch.Tensor, call: Callable[[], Any]) -> Trac
     finally:
         for handle in handles:
             handle.remove()
-    outputs = list(_tensors(list(out.values()) if isinstance(out, dict) else out))
+    output = next(_tensors(out), None)  # the one that scores are read from
     counts = Counter(info.name for info in recorder.layers)
     layers = tuple(
         LayerInfo(
@@ -220,7 +242,7 @@ def _run(net: torch.nn.Module, x: torch.Tensor, call: Callable[[], Any]) -> Trac
             info.shape,
             info.lattice,
             info.flops,
-            is_output=any(recorder.last[info.name] is o for o in outputs),
+            is_output=recorder.last[info.name] is output,
             runs=counts[info.name],
             feeds_norm=recorder.consumers.only_norms(info.name),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from med_gradcam.engine import NORMAL
+from med_gradcam.engine import MISFIT, NORMAL, network_errors
 from med_gradcam.errors import CannotExplainError
 from med_gradcam.geometry import point_words
 from med_gradcam.graph import LayerInfo, Trace, trace
@@ -30,7 +30,7 @@ def of_scan(volume: Volume) -> dict[str, Any]:
         "axes": grid.axcodes,
         "spacing_mm": [round(s, 4) for s in grid.spacing_mm],
         "oblique_degrees": round(grid.oblique_degrees, 2),
-        "modality": volume.modality,
+        "modality": volume.modality or "not stated",
         "unit": volume.unit,
         "range": [float(volume.array.min()), float(volume.array.max())],
         "first_voxel": point_words(low),
@@ -39,7 +39,9 @@ def of_scan(volume: Volume) -> dict[str, Any]:
     }
 
 
-def inspect(model: Model, volume: Volume | None, at: str | None, *, every: bool) -> dict[str, Any]:
+def inspect(
+    model: Model, volume: Volume | None = None, at: str | None = None, *, every: bool = False
+) -> dict[str, Any]:
     """What a model expects and which of its layers can be explained, with cells in mm.
 
     `volume` and `at` try it on a scan; without one the model's own patch and spacing are used.
@@ -51,7 +53,7 @@ def inspect(model: Model, volume: Volume | None, at: str | None, *, every: bool)
     else:
         shape = (spec.channels, *(spec.patch or spec.min_patch or _TRY))
         spacing = spec.spacing_mm or (1.0, 1.0, 1.0)
-    with at_rest(model.net):
+    with at_rest(model.net), network_errors(model, shape, MISFIT):
         traced = trace(model.net, shape)
         chosen = candidates(model, traced)
         shown = traced.layers if every else chosen

@@ -10,11 +10,13 @@ import numpy as np
 
 from med_gradcam import _plugins
 from med_gradcam.errors import ImageError, ModelError
+from med_gradcam.explanation import Explanation
 from med_gradcam.model import Model
 from med_gradcam.provenance import Source
 from med_gradcam.volume import Volume, digest
 
 AnyPath = str | PathLike[str]
+_LONGEST = 4096  # no path is longer
 
 
 def read(path: AnyPath | Sequence[AnyPath]) -> Volume:
@@ -31,8 +33,12 @@ def read(path: AnyPath | Sequence[AnyPath]) -> Volume:
     return volumes[0] if len(volumes) == 1 else _channels(volumes)
 
 
+def _exists(path: Path) -> bool:
+    return len(str(path)) < _LONGEST and path.exists()
+
+
 def _read_one(path: Path) -> Volume:
-    if not path.exists():
+    if not _exists(path):
         raise ImageError(f"expected an image, but there is no {str(path)!r}.")
     for name in _plugins.names("formats"):
         module = _plugins.load("formats", name)
@@ -74,6 +80,16 @@ def _channels(volumes: list[Volume]) -> Volume:
     return Volume(array, first.grid, first.modality, first.unit, source, first.window)
 
 
+def read_explanation(path: AnyPath) -> Explanation:
+    """The Explanation in an output folder or its explanation.nii.gz, equal to the one written.
+
+    Raises:
+        ImageError: there is no such file, or it holds no record of an explanation.
+    """
+    explanation: Explanation = _plugins.load("formats", "nifti").read_explanation(Path(path))
+    return explanation
+
+
 def load_model(path: AnyPath, trust: Collection[str] = ()) -> Model:
     """The model a path or `module:function` names; `trust` lists what the user agreed to.
 
@@ -83,15 +99,15 @@ def load_model(path: AnyPath, trust: Collection[str] = ()) -> Model:
     text = str(path)
     for name in _plugins.names("models"):
         module = _plugins.load("models", name)
-        if module.sniff(text):
+        if len(text) < _LONGEST and module.sniff(text):
             model: Model = module.load(text, trust)
             return model
     there = Path(text)
     what = (
         "a folder without spec.json"
-        if there.is_dir()
+        if _exists(there) and there.is_dir()
         else f"a {there.suffix or 'plain'} file"
-        if there.exists()
+        if _exists(there)
         else "nothing there"
     )
     hint = ""

@@ -87,6 +87,7 @@ def axis_weights(voxels: int, cells: int, start: float, jump: float) -> Weights:
     at = np.arange(voxels, dtype=np.float64)
     width = max(jump, 1.0)
     weights = np.maximum(0.0, 1.0 - np.abs(at[:, None] - centre[None, :]) / width)
+    weights[weights < 1e-9] = 0.0  # rounding noise: a cell that only touches a voxel's centre
     inside = (at >= start - jump / 2 - 1e-9) & (at <= start + (cells - 0.5) * jump + 1e-9)
     total = weights.sum(axis=1)
     keep = inside & (total > 0)
@@ -116,11 +117,21 @@ class Drawing:
         evidence = np.asarray(per_cell, dtype=np.float64)
         share = self.share()
         density = np.divide(evidence, share, out=np.zeros_like(evidence), where=share > 0)
-        dense = density / self.image.voxel_ml
-        for axis, weights in enumerate(self.weights):
-            dense = np.moveaxis(np.tensordot(weights, dense, axes=(1, axis)), 0, axis)
         back = np.argsort(self.order)
-        return np.ascontiguousarray(dense.transpose(back), dtype=np.float32)
+        box = (density / self.image.voxel_ml).transpose(back)
+        places = []
+        for axis, cell_axis in enumerate(back):
+            weights = self.weights[cell_axis]
+            touched = np.flatnonzero(weights.any(axis=1))
+            place = slice(touched[0], touched[-1] + 1) if touched.size else slice(0, 0)
+            places.append(place)
+            if axis == 2:  # the last step makes the large array, in single precision
+                box = np.matmul(box.astype(np.float32), weights[place].T.astype(np.float32))
+            else:
+                box = np.moveaxis(np.tensordot(weights[place], box, axes=(1, axis)), 0, axis)
+        dense = np.zeros(self.image.shape, dtype=np.float32)
+        dense[tuple(places)] = box
+        return dense
 
     def outside(self, per_cell: npt.ArrayLike) -> float:
         """The evidence of the cells that touch no voxel."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from med_gradcam.calibration import Calibration
 from med_gradcam.errors import ModelError
@@ -40,6 +41,11 @@ class Step:
                 f"expected {wanted[self.name]} arguments for the intensity step {self.name!r}, "
                 f"got {len(self.arguments)}."
             )
+        if not all(math.isfinite(n) for numbers in self.arguments for n in numbers):
+            raise ModelError(
+                f"expected finite numbers in the intensity step {self.name!r}, "
+                f"got {self.arguments}."
+            )
         low, high = self.arguments[0][0], self.arguments[-1][0]
         if self.name == "clip" and low >= high:
             raise ModelError(f"expected clip low < high, got {low} and {high}.")
@@ -47,6 +53,32 @@ class Step:
             raise ModelError(f"expected quantiles 0 <= low < high <= 1, got {low} and {high}.")
         if self.name == "normalise" and 0.0 in self.arguments[1]:
             raise ModelError("expected standard deviations other than 0 in normalise, got 0.")
+
+
+def parse_steps(listed: object) -> tuple[Step, ...]:
+    """Intensity steps written as [name, numbers...], a list of numbers being one per channel.
+
+    Raises:
+        ModelError: they are not written so, or are no such steps.
+    """
+    if not isinstance(listed, (list, tuple)):
+        raise ModelError(f"expected a list of intensity steps, got {listed!r}.")
+    steps = []
+    for step in listed:
+        if isinstance(step, Step):
+            steps.append(step)
+        elif isinstance(step, (list, tuple)) and step and isinstance(step[0], str):
+            steps.append(Step(step[0], tuple(_numbers(a) for a in step[1:])))
+        else:
+            raise ModelError(f"expected intensity steps as [name, numbers...], got {step!r}.")
+    return tuple(steps)
+
+
+def _numbers(value: object) -> Numbers:
+    values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        raise ModelError(f"expected numbers in an intensity step, got {value!r}.")
+    return tuple(float(v) for v in values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +104,13 @@ class InputSpec:
             object.__setattr__(self, "axes", check_axcodes(self.axes))
         for name in ("patch", "min_patch", "spacing_mm"):
             value = getattr(self, name)
-            if value is not None and (len(value) != 3 or min(value) <= 0):
+            if value is not None and (len(value) != 3 or not all(0 < n < math.inf for n in value)):
                 raise ModelError(f"expected three positive numbers as {name}, got {value}.")
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        if not all(isinstance(step, Step) for step in self.intensity):
+            raise ModelError(
+                f"expected intensity steps as Step(name, numbers), got {self.intensity}."
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

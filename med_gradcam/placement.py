@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +14,13 @@ from med_gradcam.probe import Point, cell_centres
 from med_gradcam.receptive import Lattice
 
 TOLERANCE_VOXELS = 0.01
+# The probe's answer per network, layer, input shape and recursion: it depends on nothing else.
+_Key = tuple[LayerInfo, tuple[int, ...]]
+_PROBED: weakref.WeakKeyDictionary[torch.nn.Module, dict[_Key, Cells]] = weakref.WeakKeyDictionary()
 
 
 def place(net: torch.nn.Module, info: LayerInfo, shape: Sequence[int]) -> Cells:
-    """The cells of a layer on an input of `shape` (C, I, J, K).
+    """The cells of a layer on an input of `shape` (C, I, J, K); found once per network and layer.
 
     Exact where the recursion has a rule for every operation and the probe agrees to 0.01 voxels
     at the middle cell and its neighbour; assumed where the probe has no answer or another;
@@ -25,6 +29,14 @@ def place(net: torch.nn.Module, info: LayerInfo, shape: Sequence[int]) -> Cells:
     Raises:
         CannotExplainError: neither can say where the cells lie.
     """
+    known = _PROBED.setdefault(net, {})
+    key = (info, tuple(shape))
+    if key not in known:
+        known[key] = _place(net, info, shape)
+    return known[key]
+
+
+def _place(net: torch.nn.Module, info: LayerInfo, shape: Sequence[int]) -> Cells:
     middle = [n // 2 for n in info.shape[1:]]
     near = [m - 1 if n > 1 else m for m, n in zip(middle, info.shape[1:], strict=True)]
     cells = (middle, near)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,8 @@ def parse_point(text: str, grid: Geometry) -> npt.NDArray[np.float64]:
         point = numbers * (-1, -1, 1) if kind == "lps" else numbers
     index = grid.index_ijk(point)
     if not grid.contains(index):
-        ends = [grid.world_ras(np.zeros(3)), grid.world_ras(np.array(grid.shape) - 1)]
-        low, high = np.minimum(*ends).round().tolist(), np.maximum(*ends).round().tolist()
+        corners = grid.world_ras([*product(*[(0, n - 1) for n in grid.shape])])
+        low, high = corners.min(axis=0).round().tolist(), corners.max(axis=0).round().tolist()
         raise UsageError(
             f"expected a point inside the scan (voxels 0,0,0 to "
             f"{','.join(str(n - 1) for n in grid.shape)}; RAS about {low} to {high} mm), got "
@@ -124,7 +125,8 @@ def _respace(
     import SimpleITK as sitk  # noqa: N813 - heavy, and only needed here
 
     shape = [max(1, round(n / j)) for n, j in zip(grid.shape, jump, strict=True)]
-    start = [(j - 1) / 2 for j in jump]
+    # The new grid lies in the middle of the old one: no voxel's centre lies beside the scan.
+    start = [((n - 1) - (m - 1) * j) / 2 for n, m, j in zip(grid.shape, shape, jump, strict=True)]
     channels = []
     for channel in array:
         image = sitk.GetImageFromArray(np.ascontiguousarray(channel.T, dtype=np.float32))

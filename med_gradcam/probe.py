@@ -43,7 +43,8 @@ def _sample(
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:
-    return x.mean(1, keepdim=True)
+    """The mean over channels; where they are one channel expanded, that one."""
+    return x[:, :1] if x.stride(1) == 0 else x.mean(1, keepdim=True)
 
 
 def _given(names: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +104,21 @@ def _avg_pool(x: torch.Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> t
     return _pool(x, kernel_size, _given("stride padding ceil_mode", args, kwargs))
 
 
+def _adaptive(x: torch.Tensor, output_size: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    del args, kwargs
+    return F.adaptive_avg_pool3d(_mean(x), output_size).expand(-1, x.shape[1], -1, -1, -1)
+
+
+def _interpolate(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Nearest neighbours as linear interpolation: cells that share one lie on either side of it."""
+    given = _given("size scale_factor mode align_corners", args, kwargs)
+    if given.get("mode", "nearest").startswith("nearest") and x.ndim == 5:
+        size, factor = given.get("size"), given.get("scale_factor")
+        one = F.interpolate(_mean(x), size, factor, "trilinear", align_corners=False)
+        return one.expand(-1, x.shape[1], -1, -1, -1)
+    return F.interpolate(x, *args, **kwargs)
+
+
 def _same(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     del args, kwargs
     return x
@@ -128,6 +144,9 @@ _REPLACED: dict[str, Callable[..., torch.Tensor]] = {
     "conv_transpose3d": _transpose,
     "max_pool3d": _max_pool,
     "avg_pool3d": _avg_pool,
+    "_adaptive_max_pool3d": _adaptive,
+    "adaptive_max_pool3d": _adaptive,
+    "interpolate": _interpolate,
     **dict.fromkeys(_IDENTITY, _same),
     **dict.fromkeys(_GATES, _ones),
 }
@@ -166,7 +185,7 @@ def _centroid(gradient: torch.Tensor) -> Point | None:
     weight = gradient.abs().sum(dim=(0, 1)).double()
     weight = weight * (weight > 0.01 * weight.max())
     total = float(weight.sum())
-    if total <= 0:
+    if not total > 0:  # nothing, or NaN
         return None
     centre = []
     for axis in range(3):

@@ -90,7 +90,7 @@ def from_record(record: Mapping[str, Any], evidence: npt.ArrayLike) -> Explanati
         )
     try:
         return _from_record(record, np.asarray(evidence, dtype=np.float32))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # our own errors of values among them
         raise ImageError(f"the explanation's record is damaged: {error}.") from error
 
 

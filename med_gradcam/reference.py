@@ -8,6 +8,7 @@ unchanged. The choice is part of every statement, so its kind and value go into 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from med_gradcam.explanation import Reference
 from med_gradcam.prepare import Prepared
 
 Floats = npt.NDArray[np.float32]
+SAME_PLACE_MM = 0.1
 LUNG_HU, SOFT_HU, LUNG_SHARE = (-980.0, -600.0), (-150.0, 150.0), 0.2
 
 
@@ -68,21 +70,32 @@ def build(kind: str, prepared: Prepared, modality: str | None, unit: str) -> Ref
     )
 
 
-def from_scan(raw: Floats, prepared: Prepared) -> ReferenceInput:
-    """A reference scan of the user's, already on the network's grid."""
-    if raw.shape != prepared.raw.shape:
+def from_scan(scan: Prepared, prepared: Prepared) -> ReferenceInput:
+    """A reference scan of the user's, prepared like the scan that is explained.
+
+    Raises:
+        UsageError: it has another size or lies elsewhere (more than 0.1 mm).
+    """
+    if scan.raw.shape != prepared.raw.shape:
         raise UsageError(
             f"expected a reference scan of the same size as the scan {prepared.raw.shape}, "
-            f"got {raw.shape}."
+            f"got {scan.raw.shape}."
+        )
+    corners = np.array([[0, 0, 0], [n - 1 for n in prepared.grid.shape]])
+    apart = np.abs(scan.grid.world_ras(corners) - prepared.grid.world_ras(corners)).max()
+    if apart > SAME_PLACE_MM:
+        raise UsageError(
+            f"expected a reference scan in the same place as the scan, got one that lies "
+            f"{apart:.1f} mm off; register and resample it to the scan first."
         )
     noise = tuple(grain(channel) for channel in prepared.raw)
-    return ReferenceInput(raw, Reference("file", None, "the given reference scan"), noise)
+    return ReferenceInput(scan.raw, Reference("file", None, "the given reference scan"), noise)
 
 
 def _value(text: str) -> float:
     kind, _, number = text.partition(":")
     try:
-        if kind == "value":
+        if kind == "value" and math.isfinite(float(number)):
             return float(number)
     except ValueError:
         pass
@@ -114,7 +127,7 @@ def _mr(raw: Floats) -> ReferenceInput:
     filled, noise, values = raw.copy(), [], []
     for n, channel in enumerate(raw):
         inside = foreground(channel)
-        values.append(float(np.median(channel[inside])))
+        values.append(float(np.median(channel[inside] if inside.any() else channel)))
         filled[n][inside] = values[-1]
         noise.append(grain(channel, inside))
     words = f"uniform foreground tissue (median {values[0]:.3g} a.u., outside unchanged)"
@@ -138,7 +151,7 @@ def foreground(channel: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     with np.errstate(divide="ignore", invalid="ignore"):
         gap = weighted / below - (weighted[-1] - weighted) / above
         between = np.nan_to_num(below * above * gap**2, nan=0.0, posinf=0.0)
-    return np.asarray(channel > middle[int(between.argmax())])
+    return np.asarray(channel >= edges[int(between.argmax()) + 1])
 
 
 def grain(channel: Floats, inside: npt.NDArray[np.bool_] | None = None) -> float:

@@ -9,12 +9,13 @@ only feeds another remembered module is not kept.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def at_rest(net: torch.nn.Module) -> Iterator[None]:
     """
     with _LOCKS_LOCK:
         lock = _LOCKS.setdefault(net, threading.RLock())
-    with lock:
+    with lock, torch.inference_mode(mode=False):  # no gradients exist in inference mode
         modes = [(m, m.training) for m in net.modules()]
         grads = [(p, p.requires_grad) for p in net.parameters()]
         try:
@@ -101,7 +102,8 @@ class _Recording:
                 )
             self.memories[name] = tuple(records)
             self.activations[name] = _activation(output, name).detach().clone()
-        self.records.append(_Memory(module, call.parent, output))
+        # A copy: what follows may work in place on the output.
+        self.records.append(_Memory(module, call.parent, _copies(output, 1)))
 
 
 def _activation(output: Any, name: str) -> torch.Tensor:
@@ -115,29 +117,36 @@ def _activation(output: Any, name: str) -> torch.Tensor:
     return output
 
 
-def _expand(value: Any, count: int) -> Any:
+def _copies(value: Any, count: int) -> Any:
+    """What was remembered, for a batch of `count`; for one: a copy to be worked on in place."""
     if isinstance(value, torch.Tensor):
-        return value.expand(count, *value.shape[1:]) if count > 1 else value.clone()
+        return value.clone() if count == 1 else value.expand(count, *value.shape[1:])
     if isinstance(value, (tuple, list)):
-        return type(value)(_expand(v, count) for v in value)
+        parts = [_copies(v, count) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, dict):
-        return {k: _expand(v, count) for k, v in value.items()}
+        return {k: _copies(v, count) for k, v in value.items()}
     return value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tail:
-    """The network behind one layer, for one input `x` (1, C, I, J, K)."""
+    """The network behind one layer, for one input `x` (1, C, I, J, K).
+
+    `alone`: activations are run one by one, for networks that cannot be run, or answer otherwise,
+    as a batch.
+    """
 
     net: torch.nn.Module
     layer: str
     x: torch.Tensor
     memory: tuple[_Memory, ...]
+    alone: bool = False
 
     def run(self, activations: torch.Tensor) -> Any:
         """The network's output when the layer puts out `activations` (n, C, i, j, k)."""
         with self._replay(activations):
-            return self.net(self.x.expand(len(activations), *self.x.shape[1:]))
+            return self.net(_copies(self.x, len(activations)))
 
     @contextmanager
     def _replay(self, activations: torch.Tensor) -> Iterator[None]:
@@ -156,7 +165,7 @@ class Tail:
                 if not queue:
                     return real(*args, **kwargs)
                 value = queue.popleft()
-                return activations.new_zeros(1) if value is None else _expand(value, count)
+                return activations.new_zeros(1) if value is None else _copies(value, count)
 
             return forward
 
@@ -176,17 +185,53 @@ class Tail:
     def scores(self, activations: torch.Tensor, score: Score) -> torch.Tensor:
         """Scores (n,) of the target for activations (n, C, i, j, k); no gradient."""
         with torch.no_grad():
-            return score(self.run(activations))
+            return self._scored(activations, score)
 
     def gradients(self, activations: torch.Tensor, score: Score) -> torch.Tensor:
         """D score / d activation for each of n activations, shape (n, C, i, j, k)."""
         with torch.enable_grad():
             leaf = activations.detach()
             leaf.requires_grad = True
-            total = score(self.run(leaf)).sum()
+            total = self._scored(leaf, score).sum()
             if not total.requires_grad:
                 raise CannotExplainError("zero gradient", no_gradient(self.layer))
             return torch.autograd.grad(total, leaf)[0]
+
+    def _scored(self, activations: torch.Tensor, score: Score) -> torch.Tensor:
+        if len(activations) == 1 or self.alone:
+            return torch.cat([score(self.run(one[None])) for one in activations])
+        return score(self.run(activations))
+
+    def faithful(self, activations: torch.Tensor, score: Score, known: float) -> Tail:
+        """A tail that gives the `known` score of the first of two activations.
+
+        It is this one, else one that runs activations one by one, else one that also remembers
+        nothing and runs the whole network.
+
+        Raises:
+            CannotExplainError: the network gives another score each time.
+        """
+        for tail in (self, replace(self, alone=True), replace(self, alone=True, memory=())):
+            try:
+                found = float(tail.scores(activations, score)[0])
+            except (RuntimeError, IndexError):  # a batch, or a memory, that does not fit
+                if not tail.alone or tail.memory:
+                    continue
+                raise
+            if not math.isfinite(known) or abs(found - known) <= _near(activations, known):
+                return tail
+        raise CannotExplainError(
+            "not repeatable",
+            f"expected the network to give the same score twice, it gave {known:.6g} and "
+            f"{found:.6g}, a different score each time; is dropout or noise at work in it?",
+        )
+
+
+def _near(activations: torch.Tensor, score: float) -> float:
+    """How far apart two scores of the same activation may be by rounding alone."""
+    exact = activations.device.type == "cpu"  # elsewhere convolutions may round to TF32
+    wide = 1e-6 if activations.dtype == torch.float64 else 1e-4 if exact else 5e-3
+    return max(wide, 4 * torch.finfo(activations.dtype).eps) * max(1.0, abs(score))
 
 
 def no_gradient(layer: str) -> str:
@@ -217,10 +262,11 @@ def record(net: torch.nn.Module, layers: Sequence[str], x: torch.Tensor) -> Reco
     for module in net.modules():
         if module is not net:
             handles.append(module.register_forward_pre_hook(recording.begin))
-            handles.append(module.register_forward_hook(recording.end))
+            # First: the hooks of the user's run again in a replay, on what the module put out.
+            handles.append(module.register_forward_hook(recording.end, prepend=True))
     try:
         with torch.no_grad():
-            output = net(x)
+            output = net(x.clone())  # which may work in place on it
     finally:
         for handle in handles:
             handle.remove()

@@ -1,6 +1,6 @@
 """What is explained: which number of the model's output, as log-odds?
 
-Source: shared definition D0: sigmoid -> y; softmax -> y_c - logsumexp of the others (two logits:
+By link: sigmoid -> y; softmax -> y_c - logsumexp of the others (two logits:
 y1 - y0); contrast -> y_c - y_d; regression -> y in its own unit. Never a probability, whose
 gradient vanishes when the model is sure. Log-odds of a softmax are blind to a number that is added
 to all logits.
@@ -119,6 +119,13 @@ def _index(text: str, labels: Sequence[str], outputs: int) -> int:
     raise UnknownNameError("class", text, known, f"An index goes from 0 to {outputs - 1}.")
 
 
+def _sides(text: str, labels: Sequence[str]) -> list[str]:
+    """The two sides of A-vs-B; a label that holds "-vs-" itself stays whole."""
+    parts = text.split("-vs-")
+    ways = [["-vs-".join(parts[:n]), "-vs-".join(parts[n:])] for n in range(1, len(parts))]
+    return max(ways, key=lambda way: sum(side in labels for side in way))
+
+
 def parse_target(text: str, labels: Sequence[str], link: Link, scores: Sequence[float]) -> Target:
     """The target a user means by "auto", a label, an index, "#3" or "A-vs-B".
 
@@ -140,7 +147,7 @@ def parse_target(text: str, labels: Sequence[str], link: Link, scores: Sequence[
         kind: Kind = "regression" if link == "none" else "class"
         return Target(kind, class_name(labels, best), (best,), link)
     if text not in labels and "-vs-" in text:
-        a, b = (_index(part, labels, outputs) for part in text.split("-vs-", 1))
+        a, b = (_index(part, labels, outputs) for part in _sides(text, labels))
         label = f"{class_name(labels, a)}-vs-{class_name(labels, b)}"
         return Target("contrast", label, (a, b), link)
     c = _index(text, labels, outputs)

@@ -40,6 +40,8 @@ class Volume:
             raise ImageError(
                 f"expected an array (C, I, J, K) on a grid {self.grid.shape}, got {array.shape}."
             )
+        if array.shape[0] == 0:
+            raise ImageError("expected at least one channel of voxels, got none.")
         if array.dtype.kind not in "iuf":
             raise ImageError(f"expected real numbers as voxels, got dtype {array.dtype}.")
         if self.unit not in UNITS:
@@ -58,8 +60,11 @@ def check_finite(array: npt.NDArray[Any]) -> None:
     Raises:
         ImageError: some voxel is NaN or infinite.
     """
-    if array.dtype.kind != "f" or np.isfinite(array.sum(dtype=np.float64)):
+    if array.dtype.kind != "f":
         return
+    with np.errstate(invalid="ignore", over="ignore"):
+        if np.isfinite(array.sum(dtype=np.float64)):
+            return
     bad = ~np.isfinite(array)
     if bad.any():
         first = tuple(int(i) for i in np.argwhere(bad)[0])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-import zlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +61,55 @@ def read(path: Path) -> Volume:
 
 
 def _open(path: Path) -> Any:
+    packed = path.name.lower().endswith(".gz")
     try:
-        image = nib.load(path)
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raw = _decompress(path.read_bytes()) if packed else b""
+        size = len(raw) if packed else path.stat().st_size
+    except Exception as error:
+        raise _damaged(path, error) from error
+    try:
+        image = _parse(raw) if packed else nib.load(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # nibabel raises a dozen kinds for headers that make no sense
         raise ImageError(
-            f"expected a NIfTI file, but {path.name!r} cannot be read: {_first_line(error)}."
+            f"expected a NIfTI file, but {path.name!r} cannot be read: {_first_line(error, path)}."
         ) from error
     if not isinstance(image, nib.Nifti1Image):
         raise ImageError(f"expected a NIfTI file, {path.name!r} is {type(image).__name__}.")
+    wanted = math.prod(int(n) for n in image.shape) * image.get_data_dtype().itemsize
+    if wanted > size:  # asked before numpy sets that much memory aside
+        raise _damaged(path, OSError(f"its header tells of {wanted} bytes, it has {size}"))
     return image
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+def _decompress(data: bytes) -> bytes:
+    """What a gzip file holds, to its end, so that its checksum is held against it."""
+    try:
+        from isal import igzip
+    except ImportError:
+        return gzip.decompress(data)
+    unpacked: bytes = igzip.decompress(data)  # type: ignore[no-untyped-call]
+    return unpacked
+
+
+def _parse(data: bytes) -> Any:
+    """The image in the bytes of a .nii file: NIfTI-2 says so by the size of its header."""
+    two = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")
+    return (nib.Nifti2Image if data[:4] in two else nib.Nifti1Image).from_bytes(data)
+
+
+def _first_line(error: BaseException, path: Path) -> str:
+    """The error's first line, with the file's name in the place of its path."""
+    lines = str(error).replace(str(path), path.name).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _damaged(path: Path, error: BaseException) -> ImageError:
+    return ImageError(
+        f"expected all voxels of {path.name!r}, but the file is cut short or damaged "
+        f"({_first_line(error, path)}); copy it again."
+    )
 
 
 def _affine(image: Any, path: Path) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
@@ -87,12 +123,11 @@ def _affine(image: Any, path: Path) -> tuple[npt.NDArray[np.float64], tuple[str,
     affine = np.array(image.affine, dtype=np.float64)
     notes: list[str] = []
     if sform > 0 and qform > 0:
-        other = header.get_qform()
-        corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.shape[:3]])).reshape(3, -1)
-        apart = np.abs((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:]).max()
-        if apart > 1.0:
-            notes.append(f"sform and qform differ by up to {apart:.1f} mm; the sform was used")
-    unit = header.get_xyzt_units()[0]
+        notes += _disagreement(header, affine, image.shape)
+    try:
+        unit = header.get_xyzt_units()[0]
+    except KeyError:
+        unit = "unknown"
     factor = _MM_PER_UNIT.get(unit, 1.0)
     if factor != 1.0:
         affine[:3] *= factor
@@ -100,21 +135,36 @@ def _affine(image: Any, path: Path) -> tuple[npt.NDArray[np.float64], tuple[str,
     return affine, tuple(notes)
 
 
+def _disagreement(
+    header: Any, affine: npt.NDArray[np.float64], shape: tuple[int, ...]
+) -> list[str]:
+    """How far the qform is off the sform at the scan's corners, where that is over 1 mm."""
+    try:
+        off = affine - header.get_qform()
+    except ValueError:  # its quaternion is no rotation
+        return ["the qform is damaged; the sform was used"]
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape[:3]])).reshape(3, -1)
+    apart = np.abs(off[:3, :3] @ corners + off[:3, 3:]).max()
+    return (
+        [f"sform and qform differ by up to {apart:.1f} mm; the sform was used"]
+        if apart > 1.0
+        else []
+    )
+
+
 def _voxels(image: Any, path: Path) -> npt.NDArray[Any]:
     try:
         array = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ImageError(
-            f"expected all voxels of {path.name!r}, but the file is cut short or damaged "
-            f"({_first_line(error)}); copy it again."
-        ) from error
+    except (OSError, EOFError, ValueError, OverflowError) as error:
+        raise _damaged(path, error) from error
     if array.dtype.kind not in "iuf":
         raise ImageError(
             f"expected real numbers as voxels in {path.name!r}, got {array.dtype} "
             f"(colour or complex images are not read)."
         )
     if array.dtype.kind == "f" and array.dtype != np.float32:
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite and is refused
+            array = array.astype(np.float32)
     return np.asarray(array)
 
 
@@ -185,6 +235,7 @@ def _image(values: npt.NDArray[np.float32], grid: Geometry, unit: str) -> Any:
         image.set_qform(grid.affine, _SCANNER)
     else:
         image.header["qform_code"] = _NONE
+        image.header.set_zooms(grid.spacing_mm)
     image.update_header()
     return image
 
@@ -199,8 +250,6 @@ def _compress(data: bytes) -> bytes:
     try:
         from isal import igzip
     except ImportError:
-        import gzip
-
         return gzip.compress(data, 4, mtime=0)
     packed: bytes = igzip.compress(data, 1, mtime=0)
     return packed

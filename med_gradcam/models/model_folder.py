@@ -19,7 +19,7 @@ import torch
 
 from med_gradcam.calibration import Calibration
 from med_gradcam.errors import MedGradcamError, ModelError
-from med_gradcam.model import InputSpec, Model, Step
+from med_gradcam.model import InputSpec, Model, parse_steps
 
 TITLE = "folder with spec.json + weights.safetensors (med-gradcam-model/1), nothing is executed"
 FORMAT = "med-gradcam-model/1"
@@ -71,12 +71,12 @@ def load(path: str, trust: Collection[str] = ()) -> Model:
             input=_input(_key(spec, "input", dict, folder), folder),
             labels=tuple(str(label) for label in _key(spec, "labels", list, folder)),
             link=_key(spec, "link", str, folder),  # checked by Model
-            name=str(spec.get("name", folder.name)),
+            name=str(spec.get("name", "unnamed network")),  # a folder may be named after a patient
             weights_sha256=digest,
             licence=str(spec.get("licence", "not stated")),
             task=str(spec.get("task", "classification")),
-            aliases={str(k): str(v) for k, v in spec.get("cam_layers", {}).items()},
-            calibration=_calibration(spec),
+            aliases=_aliases(_optional(spec, "cam_layers", {}, folder), net),
+            calibration=_calibration(_optional(spec, "calibration", [], folder), net),
         )
     except MedGradcamError as error:
         raise ModelError(f"{_name(folder / 'spec.json')}: {error}") from error
@@ -93,7 +93,7 @@ def _read_spec(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"expected a spec.json in the model folder, found none: {path}."
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"expected readable JSON in {_name(path)}, got: {error}.") from error
     if not isinstance(spec, dict) or spec.get("format") != FORMAT:
         got = spec.get("format") if isinstance(spec, dict) else type(spec).__name__
@@ -110,6 +110,10 @@ def _key(spec: Mapping[str, Any], key: str, kind: type, folder: Path) -> Any:
     return spec[key]
 
 
+def _optional(spec: Mapping[str, Any], key: str, default: Any, folder: Path) -> Any:
+    return _key({key: default, **spec}, key, type(default), folder)
+
+
 def _input(spec: Mapping[str, Any], folder: Path) -> InputSpec:
     modality = _key(spec, "modality", str, folder)
     axes = _key(spec, "axes", str, folder)
@@ -118,11 +122,6 @@ def _input(spec: Mapping[str, Any], folder: Path) -> InputSpec:
             f"expected a network for volumes (axes such as 'SPL'), got axes {axes!r}; "
             f"networks for two-dimensional images cannot be explained yet."
         )
-    steps = []
-    for step in spec.get("intensity", []):
-        if not isinstance(step, list) or not step or not isinstance(step[0], str):
-            raise ModelError(f"expected intensity steps as [name, numbers...], got {step!r}.")
-        steps.append(Step(step[0], tuple(_numbers(a) for a in step[1:])))
     channels = spec.get("channels", 1)
     if not isinstance(channels, int):
         raise ModelError(f"expected a whole number of channels, got {channels!r}.")
@@ -133,15 +132,8 @@ def _input(spec: Mapping[str, Any], folder: Path) -> InputSpec:
         patch=_triple(spec.get("patch"), int, "patch"),
         min_patch=_triple(spec.get("min_patch"), int, "min_patch"),
         spacing_mm=_triple(spec.get("spacing_mm"), float, "spacing_mm"),
-        intensity=tuple(steps),
+        intensity=parse_steps(_optional(spec, "intensity", [], folder)),
     )
-
-
-def _numbers(value: Any) -> tuple[float, ...]:
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        raise ModelError(f"expected numbers in an intensity step, got {value!r}.")
-    return tuple(float(v) for v in values)
 
 
 def _triple(value: Any, kind: type, name: str) -> Any:
@@ -150,14 +142,33 @@ def _triple(value: Any, kind: type, name: str) -> Any:
     whole = isinstance(value, list) and len(value) == 3
     if not whole or not all(isinstance(v, (int, float)) for v in value):
         raise ModelError(f"expected three numbers or null as {name}, got {value!r}.")
+    if kind is int and not all(float(v).is_integer() for v in value):
+        raise ModelError(f"expected three whole numbers or null as {name}, got {value!r}.")
     return tuple(kind(v) for v in value)
 
 
-def _calibration(spec: Mapping[str, Any]) -> tuple[Calibration, ...]:
+def _aliases(named: dict[Any, Any], net: torch.nn.Module) -> dict[str, str]:
+    aliases = {str(alias): str(path) for alias, path in named.items()}
+    for alias, path in aliases.items():
+        _check_layer(path, net, f"the layer {alias!r} of cam_layers")
+    return aliases
+
+
+def _check_layer(path: str, net: torch.nn.Module, what: str) -> None:
+    if path not in dict(net.named_modules()):
+        raise ModelError(f"expected {what} to name a module of the network, got {path!r}.")
+
+
+def _calibration(entries: list[Any], net: torch.nn.Module) -> tuple[Calibration, ...]:
     try:
-        return tuple(Calibration(**entry) for entry in spec.get("calibration", []))
+        scales = tuple(Calibration(**entry) for entry in entries)
     except TypeError as error:
         raise ModelError(f"a calibration entry does not fit: {error}.") from error
+    for scale in scales:
+        _check_layer(scale.layer, net, "the layer of a calibration entry")
+        if scale.of_case:
+            raise ModelError("expected a calibration learnt from at least one volume, got 0.")
+    return scales
 
 
 def _network(spec: Mapping[str, Any], folder: Path) -> torch.nn.Module:
@@ -192,13 +203,18 @@ def _build(layer: Any) -> torch.nn.Module:
             f"expected a layer of torch.nn or monai.networks.nets that is on the allow-list, got "
             f"{name!r}; for anything else write a Python factory and pass --trust code."
         )
-    if short in ("EfficientNetBN", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101"):
+    for key in ("device", "dtype"):
+        if key in arguments:
+            raise ModelError(f"the arguments of {name} do not fit: {key!r} is chosen by the user.")
+    signature = inspect.signature(make)
+    if "pretrained" in signature.parameters:
         arguments = {**arguments, "pretrained": False}  # weights come from the folder alone
     try:
-        inspect.signature(make).bind(**arguments)
+        signature.bind(**arguments)
         net: torch.nn.Module = make(**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"the arguments of {name} do not fit: {error}.") from error
+    except Exception as error:  # constructors raise whatever they like
+        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ModelError(f"the arguments of {name} do not fit: {why}.") from error
     return net
 
 
@@ -210,6 +226,10 @@ def _monai_nets() -> Any:
             "the model needs MONAI, which is not installed: pip install 'med_gradcam[monai]'."
         ) from error
     return nets
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _load_weights(net: torch.nn.Module, path: Path) -> str:
@@ -235,11 +255,16 @@ def _load_weights(net: torch.nn.Module, path: Path) -> str:
     ]
     # Batch norms saved by old torch have no counter of batches; it plays no part in eval mode.
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
+    shapes += [
+        f"{k} holds {_kind(tensors[k])}, the spec says {_kind(wanted[k])}"
+        for k in sorted(set(wanted) & set(tensors))
+        if tensors[k].is_floating_point() != wanted[k].is_floating_point()
+    ]
     if missing or extra or shapes:
         parts = [
             f"missing: {', '.join(missing[:4])}" if missing else "",
             f"not in the spec: {', '.join(extra[:4])}" if extra else "",
-            f"other shape: {'; '.join(shapes[:3])}" if shapes else "",
+            f"other shape or kind: {'; '.join(shapes[:3])}" if shapes else "",
         ]
         raise ModelError(
             f"the weights in {_name(path)} do not fit spec.json "

@@ -10,13 +10,14 @@ import importlib
 import re
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from med_gradcam.errors import ModelError, UntrustedModelError
-from med_gradcam.model import InputSpec, Model
+from med_gradcam.errors import InputError, ModelError, UntrustedModelError
+from med_gradcam.model import InputSpec, Model, parse_steps
 
 TITLE = "Python factory module:function (runs code: needs --trust code)"
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -45,12 +46,14 @@ def load(path: str, trust: Collection[str] = ()) -> Model:
     try:
         factory = getattr(importlib.import_module(module_name), function_name)
         returned = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        why = " ".join(str(error).split()).rstrip(".")
         raise ModelError(
-            f"expected {path!r} to build a model, got {type(error).__name__}: {error}."
+            f"expected {path!r} to build a model, got {type(error).__name__}: {why}."
         ) from error
     if isinstance(returned, Model):
-        return returned
+        digest = returned.weights_sha256 or weights_digest(returned.net)
+        return replace(returned, net=returned.net.eval(), weights_sha256=digest)
     if not (isinstance(returned, tuple) and len(returned) == 4):
         raise ModelError(
             f"expected {path!r} to return (net, input spec, labels, link) or a Model, "
@@ -59,6 +62,8 @@ def load(path: str, trust: Collection[str] = ()) -> Model:
     net, spec, labels, link = returned
     if not isinstance(net, torch.nn.Module):
         raise ModelError(f"expected a torch module from {path!r}, got {type(net).__name__}.")
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(x, str) for x in labels):
+        raise ModelError(f"expected a list of texts as labels from {path!r}, got {labels!r}.")
     return Model(
         net=net.eval(),
         input=spec if isinstance(spec, InputSpec) else _spec(spec, path),
@@ -71,8 +76,8 @@ def load(path: str, trust: Collection[str] = ()) -> Model:
 
 def _spec(spec: Any, path: str) -> InputSpec:
     try:
-        return InputSpec(**spec)
-    except TypeError as error:
+        return InputSpec(**{**spec, "intensity": parse_steps(spec.get("intensity", ()))})
+    except (TypeError, AttributeError, InputError) as error:
         raise ModelError(f"the input spec of {path!r} does not fit: {error}.") from error
 
 
