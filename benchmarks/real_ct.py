@@ -6,6 +6,7 @@ of three lesions and each block, with lung as the reference:
     true    z(x) - z(x with the silver label, dilated by 2 voxels, set to the reference)
     energy  share of the positive evidence within those 10 mm, against the share of the volume
     peak    distance of the strongest raising cell from the lesion's centre
+Run it from the repository: python -m benchmarks.real_ct
 """
 
 from __future__ import annotations

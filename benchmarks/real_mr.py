@@ -2,15 +2,16 @@
 
 Needs MED_GRADCAM_REAL_DATA (mr_brain_t1/t1_crop_mni.nii.gz and nets/ncomms_cog_fold0). The
 network's convolutions are not padded, so resizing the cell grid to the volume misplaces it.
+Run it from the repository: python -m benchmarks.real_mr
 """
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from real_ct import folder
 
 import med_gradcam as mg
+from benchmarks.real_ct import folder
 from med_gradcam.maps import drawing
 
 

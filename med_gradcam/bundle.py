@@ -22,10 +22,14 @@ class Bundle:
     identified: bool = False
 
     def __post_init__(self) -> None:
-        if self.volume is not None and self.volume.grid != self.maps.signed.grid:
+        grid = self.maps.signed.grid
+        if self.volume is not None and self.volume.grid != grid:
+            other = self.volume.grid
+            corners = [g.world_ras([[0, 0, 0], [n - 1 for n in g.shape]]) for g in (grid, other)]
+            apart = abs(corners[0] - corners[1]).max()
             raise UsageError(
-                f"expected the scan that was explained, on a grid {self.maps.signed.grid.shape}, "
-                f"got one on another grid {self.volume.grid.shape}."
+                f"expected the scan on the grid of the maps {grid.shape}, got one of shape "
+                f"{other.shape} whose corners lie up to {apart:.3g} mm elsewhere."
             )
 
 

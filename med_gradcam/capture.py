@@ -178,5 +178,14 @@ def check_signal(capture_: Capture) -> None:
                 f"the {what} of the layer {capture_.layer!r} holds NaN or infinite values for "
                 f"this scan; check the network's weights and the intensity steps.",
             )
-    if float(capture_.gradient().abs().max()) == 0.0:
+    if float(capture_.gradient().abs().max()) == 0.0 and not _wakes(capture_):
         raise CannotExplainError("zero gradient", no_gradient(capture_.layer))
+
+
+def _wakes(capture_: Capture) -> bool:
+    """Whether a score that is flat at the case changes on the way to its reference."""
+    base = capture_.baseline
+    if base is None:
+        return False
+    points = torch.stack([(capture_.activation + base) / 2, base])
+    return float(capture_.gradients(points).abs().max()) > 0.0

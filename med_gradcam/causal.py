@@ -60,14 +60,19 @@ def ball(grid: Geometry, centre: Sequence[int], radius_mm: float) -> npt.NDArray
     return np.clip((radius_mm - np.sqrt(distance)) / edge + 0.5, 0, 1).astype(np.float32)
 
 
-def radius_for(grid: Geometry) -> float:
-    """8 mm, but at least two voxels and at most a quarter of the smallest side."""
+def radius_for(grid: Geometry, finest: Geometry) -> float:
+    """Radius of the balls, mm: 8, but at least two voxels of the input `grid`.
+
+    And at least two cells of the `finest` candidate, which none could tell apart in a smaller
+    ball; at most a quarter of the smallest side.
+    """
     sides = [n * s for n, s in zip(grid.shape, grid.spacing_mm, strict=True)]
-    return float(min(max(RADIUS_MM, 2 * max(grid.spacing_mm)), min(sides) / 4))
+    wanted = max(RADIUS_MM, 2 * max(grid.spacing_mm), 2 * max(finest.spacing_mm))
+    return float(min(wanted, min(sides) / 4))
 
 
 def pick_regions(
-    maps: Sequence[CandidateMap], grid: Geometry, seed: int
+    maps: Sequence[CandidateMap], grid: Geometry, radius: float, seed: int
 ) -> list[tuple[str, tuple[int, int, int]]]:
     """Centres of four balls that do not overlap.
 
@@ -76,7 +81,6 @@ def pick_regions(
     mean = np.mean(
         [drawing(m.grid, grid).spread(m.evidence) for m in maps], axis=0, dtype=np.float64
     )
-    radius = radius_for(grid)
     middle = tuple(n // 2 for n in grid.shape)
     kernel = np.fft.rfftn(np.roll(ball(grid, middle, radius), [-m for m in middle], (0, 1, 2)))
     in_ball = np.fft.irfftn(np.fft.rfftn(mean) * kernel, s=grid.shape, axes=(0, 1, 2))
@@ -107,11 +111,11 @@ def effects(
     reference: ReferenceInput,
     centres: Sequence[tuple[int, int, int]],
     score: Scores,
+    radius: float,
     seed: int,
 ) -> list[float]:
     """The mean score (log-odds) when each ball is filled with textured reference tissue."""
     generator = np.random.default_rng(seed)
-    radius = radius_for(prepared.grid)
     sd = np.array(reference.noise, dtype=np.float32)[:, None, None, None]
     without = []
     for centre in centres:
@@ -156,10 +160,10 @@ def choose(
     difference from the reference.
     """
     score, here, difference = scores
-    picked = pick_regions(maps, prepared.grid, seed)
+    radius = radius_for(prepared.grid, maps[-1].grid)
+    picked = pick_regions(maps, prepared.grid, radius, seed)
     centres = [centre for _, centre in picked]
-    true = [here - z for z in effects(prepared, reference, centres, score, seed)]
-    radius = radius_for(prepared.grid)
+    true = [here - z for z in effects(prepared, reference, centres, score, radius, seed)]
     masks = [ball(prepared.grid, centre, radius) for centre in centres]
     says = {m.layer: [ledger(m, prepared.grid, mask) for mask in masks] for m in maps}
     fitted = {layer: slope_and_r(values, true) for layer, values in says.items()}

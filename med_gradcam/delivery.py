@@ -23,7 +23,7 @@ from med_gradcam.explanation import Explanation
 from med_gradcam.maps import draw
 from med_gradcam.progress import Progress, Step, silent
 from med_gradcam.record import to_json, to_record
-from med_gradcam.volume import Volume
+from med_gradcam.volume import Volume, taken_as
 
 WRITERS = {"nifti": "nifti", "png": "png", "dicom": "dicom_parametric_map"}
 
@@ -125,7 +125,8 @@ def write(  # noqa: PLR0913 - the door out, as explain() is the door in
     check_output(folder, overwrite=overwrite)
     with staged(folder) as partial:
         maps = draw(explanation)
-        bundle = Bundle(explanation, maps, volume, identified)
+        scan = None if volume is None else taken_as(volume, explanation.modality)
+        bundle = Bundle(explanation, maps, scan, identified)
         for done, name in enumerate(wished):
             progress(Step(done, len(wished) + 1, f"writing {name}"))
             _plugins.load("formats", WRITERS[name]).save(bundle, partial)

@@ -47,7 +47,8 @@ def run(folder: Path, args: argparse.Namespace, explain: Explain) -> Finished:
         for entry in plan:
             model = loading.load_model(home / entry["net"])
             volume = loading.read(home / entry["image"])
-            explanation = explain(volume, model, args)
+            settings = argparse.Namespace(**{**vars(args), "target": entry["target"]})
+            explanation = explain(volume, model, settings)
             formats = delivery.default_formats(volume)
             out = partial / entry["name"]
             delivery.write(explanation, out, volume=volume, formats=formats)

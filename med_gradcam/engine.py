@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 
 from med_gradcam import _plugins, causal, layers, reference
 from med_gradcam.capture import Capture, capture, captures, check_norm_trap, check_signal, outputs
-from med_gradcam.errors import CannotExplainError, MedGradcamError, ModelError, ResourceError
+from med_gradcam.errors import CannotExplainError, ModelError
 from med_gradcam.explanation import Cells, Explanation, LayerTrial, Reference, Region, Status
 from med_gradcam.geometry import cells as cell_grid
 from med_gradcam.graph import Trace, trace
@@ -22,6 +22,7 @@ from med_gradcam.model import Model
 from med_gradcam.placement import place
 from med_gradcam.prepare import Prepared, prepare
 from med_gradcam.progress import Progress, Step, silent
+from med_gradcam.running import MISFIT, network_errors, stoppable
 from med_gradcam.tail import at_rest, record
 from med_gradcam.target import Target, output_matrix, parse_target
 from med_gradcam.volume import Volume
@@ -33,9 +34,6 @@ NORMAL, PRECISE = 0.05, 0.01  # share of the score's difference that a sum may m
 ABSOLUTE = 0.02  # and never less than this, in log-odds
 ROUNDING = 1e-5  # share of a score that single precision cannot resolve
 NOT_A_CUT = 0.01  # share that may flow past a layer before the result says so
-# What a network raises of its own when an input does not fit it.
-MISFIT = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
-_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory")
 REFERENCE_FREE = Reference("none", None, "no reference: this method looks at the scan alone")
 
 
@@ -289,17 +287,12 @@ class Case:
         tried: tuple[causal.Choice | None, list[LayerTrial]],
     ) -> Explanation:
         values = evidence.values.cpu().numpy()
-        if not np.isfinite(values).all() or not values.any():
-            raise CannotExplainError(
-                "zero evidence",
-                f"the evidence at {chosen.layer!r} is zero or not finite everywhere; choose "
-                f"another layer or target.",
-            )
+        silent_map = self._check_evidence(values, chosen)
         info = layers.check_places(traced.find(chosen.layer), chosen.layer)
         cells = place(self.model.net, info, self.prepared.raw.shape)
         status, bypassed, warnings = self._status(chosen, evidence, cells)
         choice, refused = tried
-        notes = [*warnings, *([choice.note] if choice and choice.note else [])]
+        notes = [*silent_map, *warnings, *([choice.note] if choice and choice.note else [])]
         notes += [f"layer {t.layer!r} was passed over: {t.refused}" for t in refused]
         regions: tuple[Region, ...] = choice.regions if choice else ()
         with_reference = self.method.USES_REFERENCE and background is not None
@@ -323,6 +316,22 @@ class Case:
             regions=regions,
             trials=(*(choice.trials if choice else ()), *refused),
             warnings=tuple(notes),
+        )
+
+    def _check_evidence(self, values: np.ndarray[Any, Any], chosen: Capture) -> list[str]:
+        """Refuse evidence that says nothing; a scan like its reference has none, and says so."""
+        against = chosen.reference_score
+        if np.isfinite(values).all() and values.any():
+            return []
+        alike = against is not None and abs(chosen.score - against) <= ROUNDING * max(
+            1.0, abs(chosen.score)
+        )
+        if np.isfinite(values).all() and alike:
+            return ["the model's score is that of the reference: nothing raises or lowers it"]
+        raise CannotExplainError(
+            "zero evidence",
+            f"the evidence at {chosen.layer!r} is zero or not finite everywhere; choose another "
+            f"layer or target.",
         )
 
     def _status(
@@ -351,47 +360,3 @@ class Case:
         if not evidence.converged:
             return "not_converged", bypassed, warnings
         return "complete", bypassed, warnings
-
-
-@contextmanager
-def stoppable(net: torch.nn.Module, progress: Progress) -> Iterator[None]:
-    """Lets `progress` raise Cancelled between any two layers of a running network."""
-    if progress is silent:
-        yield
-        return
-    tick: Callable[..., None] = lambda *_: progress(Step(-1, 6, ""))  # noqa: E731
-    leaves = [m for m in net.modules() if next(m.children(), None) is None]
-    handles = [m.register_forward_pre_hook(tick) for m in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def network_errors(
-    model: Model, shape: Sequence[int], kinds: tuple[type[Exception], ...] = (RuntimeError,)
-) -> Iterator[None]:
-    """Turns errors of these kinds while a network runs (torch's are RuntimeErrors) into ours."""
-    try:
-        yield
-    except MedGradcamError:
-        raise
-    except MemoryError as error:
-        raise ResourceError(_no_memory(shape)) from error
-    except kinds as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if any(words in text.lower() for words in _MEMORY_WORDS):
-            raise ResourceError(_no_memory(shape)) from error
-        raise ModelError(
-            f"expected the network of {model.name!r} to run on an input of shape "
-            f"{(1, *shape)}, it failed: {text}."
-        ) from error
-
-
-def _no_memory(shape: Sequence[int]) -> str:
-    return (
-        f"not enough memory to explain an input of shape {(1, *shape)}; choose a "
-        f"deeper layer with --layer, or a machine with more memory."
-    )

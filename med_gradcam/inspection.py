@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from med_gradcam.engine import MISFIT, NORMAL, network_errors
+from med_gradcam.engine import NORMAL
 from med_gradcam.errors import CannotExplainError
 from med_gradcam.geometry import point_words
 from med_gradcam.graph import LayerInfo, Trace, trace
@@ -13,6 +13,7 @@ from med_gradcam.layers import candidates
 from med_gradcam.model import Model
 from med_gradcam.placement import place
 from med_gradcam.prepare import prepare
+from med_gradcam.running import MISFIT, network_errors
 from med_gradcam.tail import at_rest
 from med_gradcam.volume import Volume
 

@@ -2,8 +2,9 @@
 
 Built in the scan's own unit, before the intensity steps. CT: one value everywhere, the median of
 the patch's voxels in -980..-600 HU where these are at least 20 % of it (lung), else the median of
--150..150 HU (soft tissue). MR: the median of the foreground inside the foreground, outside
-unchanged. The choice is part of every statement, so its kind and value go into the result.
+-150..150 HU (soft tissue). MR: the median of the foreground inside the foreground (holes included:
+dark fluid and lesions are patient), outside unchanged. The choice is part of every statement, so
+its kind and value go into the result.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _mr(raw: Floats) -> ReferenceInput:
     for n, channel in enumerate(raw):
         inside = foreground(channel)
         values.append(float(np.median(channel[inside] if inside.any() else channel)))
-        filled[n][inside] = values[-1]
+        filled[n][without_holes(inside)] = values[-1]
         noise.append(grain(channel, inside))
     words = f"uniform foreground tissue (median {values[0]:.3g} a.u., outside unchanged)"
     return ReferenceInput(filled, Reference("tissue", values[0], words), tuple(noise))
@@ -152,6 +153,14 @@ def foreground(channel: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         gap = weighted / below - (weighted[-1] - weighted) / above
         between = np.nan_to_num(below * above * gap**2, nan=0.0, posinf=0.0)
     return np.asarray(channel >= edges[int(between.argmax()) + 1])
+
+
+def without_holes(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """A mask with its holes closed: what is dark inside the head (fluid, a lesion) is patient."""
+    import SimpleITK as sitk  # noqa: N813 - heavy, and only needed here
+
+    closed = sitk.BinaryFillhole(sitk.GetImageFromArray(mask.astype(np.uint8)))
+    return np.asarray(sitk.GetArrayFromImage(closed) > 0)
 
 
 def grain(channel: Floats, inside: npt.NDArray[np.bool_] | None = None) -> float:

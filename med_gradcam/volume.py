@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,13 @@ class Volume:
         object.__setattr__(self, "array", view)
         if not self.source.sha256:
             object.__setattr__(self, "source", Source("array", digest(view, self.grid)))
+
+
+def taken_as(volume: Volume, modality: str | None) -> Volume:
+    """The same volume, of `modality` where its file does not say one (a CT is then in HU)."""
+    if volume.modality is not None or modality is None:
+        return volume
+    return replace(volume, modality=modality, unit="HU" if modality == "CT" else volume.unit)
 
 
 def check_finite(array: npt.NDArray[Any]) -> None:

@@ -292,6 +292,6 @@ def test_every_format_has_its_writer() -> None:
 
 def test_another_scan_than_the_one_explained(tmp_path: Path) -> None:
     other = volume(np.arange(27.0).reshape(3, 3, 3))
-    with pytest.raises(UsageError, match="expected the scan that was explained"):
+    with pytest.raises(UsageError, match="expected the scan on the grid of the maps"):
         write(tmp_path / "out", volume=other)
     assert everything(tmp_path) == {}

@@ -140,9 +140,7 @@ def test_a_reference_scan_must_fit() -> None:
     moved[0, 3] = 100.0
     grid = Geometry(scan.grid.shape, moved)
     elsewhere = Prepared(scan.raw, grid, grid, ())
-    with pytest.raises(
-        UsageError, match=r"lies 100\.0 mm off"
-    ):
+    with pytest.raises(UsageError, match=r"lies 100\.0 mm off"):
         from_scan(elsewhere, scan)
 
 
@@ -152,3 +150,12 @@ def test_the_grain_is_the_noise_and_not_the_anatomy() -> None:
     noisy: Any = (anatomy + random.normal(0, 12, anatomy.shape)).astype(np.float32)
     assert grain(noisy) == pytest.approx(12, rel=0.1)
     assert grain(noisy[..., :1]) == 0.0
+
+
+def test_dark_places_inside_the_head_are_filled_too() -> None:
+    head = np.zeros((12, 12, 12), np.float32)
+    head[2:10, 2:10, 2:10] = np.random.default_rng(5).normal(500, 20, (8, 8, 8))
+    head[5:7, 5:7, 5:7] = 0.0  # a dark lesion, as dark as air
+    made = build("tissue", prepared(head), "MR", "a.u.")
+    assert made.raw[0, 5, 5, 5] == pytest.approx(500, abs=20)
+    assert made.raw[0, 0, 0, 0] == 0.0

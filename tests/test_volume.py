@@ -86,3 +86,14 @@ def test_a_source_of_an_unknown_kind() -> None:
 def test_a_time_without_its_zone() -> None:
     with pytest.raises(InputError, match="UTC time that ends in Z, got '2026-01-01T00:00:00'"):
         Provenance({}, {}, (), "", "tiny", utc="2026-01-01T00:00:00")
+
+
+def test_a_volume_without_a_modality_is_taken_as_the_model_s() -> None:
+    from med_gradcam.volume import taken_as
+
+    plain = Volume(np.ones((1, 2, 2, 2)), Geometry((2, 2, 2), np.eye(4)))
+    assert (taken_as(plain, "CT").modality, taken_as(plain, "CT").unit) == ("CT", "HU")
+    assert taken_as(plain, "MR").unit == "a.u."
+    assert taken_as(plain, None) is plain
+    known = Volume(np.ones((1, 2, 2, 2)), Geometry((2, 2, 2), np.eye(4)), "MR")
+    assert taken_as(known, "CT") is known

@@ -129,8 +129,8 @@ def test_regions_do_not_overlap_and_stay_inside(
 ) -> None:
     grid = Geometry((32, 30, 20), np.diag([*spacing, 1.0]))
     evidence = np.random.default_rng(seed).standard_normal(grid.shape)
-    picked = causal.pick_regions([CandidateMap("a", evidence, grid)], grid, seed)
-    radius = causal.radius_for(grid)
+    radius = causal.radius_for(grid, grid)
+    picked = causal.pick_regions([CandidateMap("a", evidence, grid)], grid, radius, seed)
     assert len(picked) >= 2
     masks = [causal.ball(grid, centre, radius) for _, centre in picked]
     for one, other in itertools.combinations(masks, 2):
@@ -176,9 +176,11 @@ def test_the_texture_is_that_of_the_reference_and_the_mean_of_two() -> None:
     world = World()
     noisy = ReferenceInput(world.reference.raw, world.reference.reference, (0.3,))
     centres = [(8, 8, 8), (16, 16, 16)]
-    one, again = (causal.effects(world.prepared, noisy, centres, world.score, 7) for _ in range(2))
-    other = causal.effects(world.prepared, noisy, centres, world.score, 8)
-    clean = causal.effects(world.prepared, world.reference, centres, world.score, 7)
+    one, again = (
+        causal.effects(world.prepared, noisy, centres, world.score, 8.0, 7) for _ in range(2)
+    )
+    other = causal.effects(world.prepared, noisy, centres, world.score, 8.0, 8)
+    clean = causal.effects(world.prepared, world.reference, centres, world.score, 8.0, 7)
     assert one == again
     assert one != other
     assert one != clean

@@ -232,10 +232,11 @@ def test_a_constant_scan_is_refused(method: str, with_scan: bool) -> None:
     assert caught.value.reason == "constant volume"
 
 
-def test_the_reference_itself_has_no_evidence() -> None:
-    with pytest.raises(CannotExplainError, match="the evidence at 'first' is zero") as caught:
-        mg.explain(nets.volume(), nets.made(nets.gated), layer="first", reference=nets.volume())
-    assert caught.value.reason == "zero evidence"
+def test_the_reference_itself_has_no_evidence_and_says_so() -> None:
+    e = mg.explain(nets.volume(), nets.made(nets.gated), layer="first", reference=nets.volume())
+    assert not e.evidence.any()
+    assert e.status == "complete"
+    assert any("nothing raises or lowers it" in w for w in e.warnings)
 
 
 # ------------------------------------------------------------------------------ layers that cannot

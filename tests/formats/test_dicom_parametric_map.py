@@ -282,9 +282,9 @@ def test_changed_or_lost_slices_are_refused(tmp_path: Path) -> None:
 def test_maps_of_another_grid_are_refused(tmp_path: Path) -> None:
     volume = dicom_series.read(phantom.write(tmp_path / "source"))
     made = explanation(volume)
-    coarse = Bundle(made, maps.draw(made, made.grid), volume)
-    with pytest.raises(UsageError, match="maps on the scan's grid"):
-        dicom_parametric_map.save(coarse, tmp_path)
+    coarse = maps.draw(made, made.grid)
+    with pytest.raises(UsageError, match="scan on the grid of the maps"):
+        dicom_parametric_map.save(Bundle(made, coarse, volume), tmp_path)
 
 
 def test_infinite_values_are_refused(tmp_path: Path) -> None:

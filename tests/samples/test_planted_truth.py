@@ -1,0 +1,137 @@
+"""The shipped scans and nets: the sign of every planted finding, silence where there is none."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import med_gradcam as mg
+from med_gradcam import samples
+from med_gradcam.cli import main
+from med_gradcam.errors import CannotExplainError
+from med_gradcam.summary import evidence_within, peaks
+
+HOME = samples.folder()
+NETS = {"ct": ("ct_nodule", "malignant"), "mr": ("mr_lesion", "tumour")}
+
+
+def truth(modality: str) -> list[dict[str, Any]]:
+    cases: list[dict[str, Any]] = json.loads((HOME / modality / "truth.json").read_text())["cases"]
+    return cases
+
+
+FINDINGS = [
+    (modality, case, finding)
+    for modality in NETS
+    for case in truth(modality)
+    for finding in case.get("findings", [])
+]
+NAMES = [f"{m}-{c['file'].split('.')[0]}-{f['kind'].replace(' ', '_')}" for m, c, f in FINDINGS]
+
+
+@cache
+def explained(modality: str, file: str, method: str = "integrated") -> mg.Explanation:
+    name, target = NETS[modality]
+    model = mg.load_model(HOME / "nets" / name)
+    return mg.explain(mg.read(HOME / modality / file), model, target=target, method=method)
+
+
+def around(e: mg.Explanation, finding: dict[str, Any]) -> npt.NDArray[np.bool_]:
+    """The voxels within the finding's outer radius and one cell."""
+    index = np.moveaxis(np.indices(e.image.shape), 0, -1)
+    offset = index @ e.image.affine[:3, :3].T + e.image.affine[:3, 3] - finding["ras_mm"]
+    reach = finding["outer_radius_mm"] + max(e.cell_mm)
+    return np.asarray((offset**2).sum(-1) <= reach**2)
+
+
+@pytest.mark.parametrize(("modality", "case", "finding"), FINDINGS, ids=NAMES)
+def test_the_sign_of_every_planted_finding(
+    modality: str, case: dict[str, Any], finding: dict[str, Any]
+) -> None:
+    e = explained(modality, case["file"])
+    net = evidence_within(mg.draw(e).signed, around(e, finding))
+    assert e.status == "complete"
+    assert (net > 0) == (finding["speaks"] == "for"), net
+    assert abs(net) > 0.5 * abs(finding["designed_effect"])
+
+
+def test_the_ledger_is_near_the_true_effect() -> None:
+    off = []
+    for modality, case, finding in FINDINGS:
+        if len(case["findings"]) > 1:
+            continue  # the twin lacks both
+        e, twin = explained(modality, case["file"]), explained(modality, case["twin"])
+        net = evidence_within(mg.draw(e).signed, around(e, finding))
+        off.append(abs(net - (e.score - twin.score)))
+    assert float(np.mean(off)) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("modality", "file"),
+    [(m, f) for m in NETS for f in ("core_twin.nii.gz", "rim_twin.nii.gz", "healthy.nii.gz")],
+)
+def test_nothing_glows_on_a_healthy_scan(modality: str, file: str) -> None:
+    maps = mg.draw(explained(modality, file))
+    assert not maps.signed.scale.of_case  # the model's own scale, learnt from other scans
+    assert maps.coloured_share <= 0.01
+
+
+@pytest.mark.parametrize("modality", NETS)
+def test_the_finding_glows_at_its_place(modality: str) -> None:
+    case = truth(modality)[0]
+    e = explained(modality, case["file"])
+    raises = mg.draw(e).raises
+    assert float(raises.values.max()) > raises.floor
+    strongest = next(p for p in peaks(e, most=1) if p.polarity == "for")
+    finding = case["findings"][0]
+    away = float(np.linalg.norm(np.subtract(strongest.ras_mm, finding["ras_mm"])))
+    assert away < finding["outer_radius_mm"] + max(e.cell_mm) / 2
+    assert strongest.side == finding["side"]
+
+
+def test_dicom_and_nifti_of_one_scan_give_one_explanation() -> None:
+    model = mg.load_model(HOME / "nets" / "ct_nodule")
+    dicom = mg.read(HOME / "ct" / "core_dicom")
+    e = mg.explain(dicom, model, target="malignant", layer="block2")
+    other = mg.explain(
+        mg.read(HOME / "ct" / "core.nii.gz"), model, target="malignant", layer="block2"
+    )
+    assert e.score == pytest.approx(other.score, abs=1e-4)
+    assert np.abs(e.grid.affine - other.grid.affine).max() < 1e-3
+    assert np.abs(e.evidence - other.evidence).max() < 1e-4
+
+
+def test_a_conv_before_its_norm_is_refused_and_passed_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    net, scan = HOME / "nets" / "ct_nodule_instnorm", HOME / "ct" / "core.nii.gz"
+    model = mg.load_model(net)
+    convs = [n for n, m in model.net.named_modules() if type(m).__name__ == "Conv3d"]
+    with pytest.raises(CannotExplainError, match="feeds straight into an Instance") as caught:
+        mg.explain(mg.read(scan), model, layer=convs[2])
+    assert caught.value.reason == "norm trap"
+    arguments = ["explain", str(scan), "--model", str(net), "--layer", convs[2]]
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 4
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "rounding noise" in said[0]
+    assert not (tmp_path / "out").exists()
+    bare = mg.Model(model.net, model.input, model.labels, model.link)  # no layers named by us
+    e = mg.explain(mg.read(scan), bare, target="malignant")
+    assert e.layer not in convs
+
+
+def test_the_masks_lie_where_the_truth_says() -> None:
+    for modality, _, finding in FINDINGS:
+        image: Any = nib.load(HOME / modality / finding["mask"])
+        inside = np.argwhere(np.asarray(image.dataobj) > 0)
+        centre = image.affine[:3, :3] @ inside.mean(0) + image.affine[:3, 3]
+        assert np.abs(centre - finding["mask_centroid_ras_mm"]).max() < 0.05
+        assert finding["side"] == ("patient's right" if centre[0] > 0 else "patient's left")
