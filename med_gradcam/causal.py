@@ -23,7 +23,6 @@ from med_gradcam.reference import ReferenceInput
 RADIUS_MM = 8.0
 TEXTURES = 2  # each ball is filled twice, with different noise: 4 balls, 8 forwards
 TIE = 0.1  # slopes this close to each other are a tie
-SMALL_SHARE = 0.02  # effects below this share of the score's difference choose nothing
 
 Scores = Callable[[npt.NDArray[np.float32]], float]
 Values = npt.NDArray[np.float64]
@@ -156,10 +155,10 @@ def choose(
 ) -> Choice:
     """The candidate whose map agrees best with the model.
 
-    `maps` come coarsest first; `scores` holds the scoring function, the scan's score and its
-    difference from the reference.
+    `maps` come coarsest first; `scores` holds the scoring function, the scan's score and the
+    smallest effect that counts: below it the slope says nothing.
     """
-    score, here, difference = scores
+    score, here, least = scores
     radius = radius_for(prepared.grid, maps[-1].grid)
     picked = pick_regions(maps, prepared.grid, radius, seed)
     centres = [centre for _, centre in picked]
@@ -168,7 +167,7 @@ def choose(
     says = {m.layer: [ledger(m, prepared.grid, mask) for mask in masks] for m in maps}
     fitted = {layer: slope_and_r(values, true) for layer, values in says.items()}
     trials = tuple(LayerTrial(layer, slope, r) for layer, (slope, r) in fitted.items())
-    winner, note = _winner(fitted, true, difference)
+    winner, note = _winner(fitted, true, least)
     regions = tuple(
         Region(_point(prepared.grid, centre), radius, chosen, net, effect)
         for (chosen, centre), net, effect in zip(picked, says[winner], true, strict=True)
@@ -184,11 +183,11 @@ def _point(grid: Geometry, centre: tuple[int, int, int]) -> tuple[float, float, 
 def _winner(
     fitted: Mapping[str, tuple[float | None, float | None]],
     true: Sequence[float],
-    difference: float,
+    least: float,
 ) -> tuple[str, str]:
     layers = list(fitted)
     off = {n: abs(slope - 1) for n, (slope, _) in fitted.items() if slope is not None}
-    if not off or max(abs(t) for t in true) <= SMALL_SHARE * max(abs(difference), 1e-12):
+    if not off or max(abs(t) for t in true) <= least:
         fallback = layers[max(0, len(layers) - 2)]
         return fallback, (
             "no tested region moves the score, so the layer could not be chosen by its causal "

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 NORMAL, PRECISE = 0.05, 0.01  # share of the score's difference that a sum may miss
+SMALL_EFFECT = 0.02  # share of the difference under which a region's effect says nothing
 ABSOLUTE = 0.02  # and never less than this, in log-odds
 ROUNDING = 1e-5  # share of a score that single precision cannot resolve
 NOT_A_CUT = 0.01  # share that may flow past a layer before the result says so
@@ -265,15 +266,22 @@ class Case:
             maps,
             self.prepared,
             background,
-            (score, first.score, first.score - against),
+            (
+                score,
+                first.score,
+                Bound(self._least(target), SMALL_EFFECT).of(first.score - against),
+            ),
             self.request.seed,
         )
+
+    def _least(self, target: Target) -> float:
+        return 0.0 if target.link == "none" else ABSOLUTE
 
     def _bound(self, target: Target, score: float) -> Bound:
         share = PRECISE if self.request.precise else NORMAL
         rounding = ROUNDING * max(1.0, abs(score))
-        coarse = not self.request.precise and target.link != "none"
-        return Bound(max(ABSOLUTE, rounding) if coarse else rounding, share)
+        coarse = not self.request.precise
+        return Bound(max(self._least(target), rounding) if coarse else rounding, share)
 
     # -------------------------------------------------------------------------- the result
 

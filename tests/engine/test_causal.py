@@ -52,7 +52,9 @@ class World:
         ]
         here = float(self.evidence.sum())
         score = (lambda _a: here) if flat else self.score
-        return causal.choose(maps, self.prepared, self.reference, (score, here, here), seed)
+        return causal.choose(
+            maps, self.prepared, self.reference, (score, here, 0.02 * abs(here)), seed
+        )
 
 
 def test_a_map_that_tells_the_truth_has_slope_one() -> None:
@@ -195,5 +197,7 @@ def test_displaced_cells_would_be_seen() -> None:
     wrong = cells(GRID, (4.0,) * 3, (9.5,) * 3, (6, 6, 6))
     maps = [CandidateMap("wrong", blocks, wrong), CandidateMap("right", blocks, right)]
     here = float(world.evidence.sum())
-    choice = causal.choose(maps, world.prepared, world.reference, (world.score, here, here), 0)
+    choice = causal.choose(
+        maps, world.prepared, world.reference, (world.score, here, 0.02 * here), 0
+    )
     assert choice.layer == "right"
