@@ -195,11 +195,16 @@ def _winner(
         )
     best = min(off.values())
     winner = next(n for n in layers if off.get(n, np.inf) <= best + TIE)  # the coarsest of a tie
-    slope = fitted[winner][0]
+    slope = fitted[winner][0] or 0.0
     note = ""
-    if slope is not None and not 0.7 <= slope <= 1.3:
+    if slope <= 0:
         note = (
-            f"the chosen layer's map gives {slope:.0%} of what the model really does when regions "
-            f"are removed: read amounts with care"
+            f"where regions are removed the score moves against what the map says (causal slope "
+            f"{slope:.2f}): do not trust this map's signs"
+        )
+    elif not 0.7 <= slope <= 1.3:
+        note = (
+            f"where regions are removed the map names {slope:.0%} of what the score really "
+            f"changes: read amounts with care"
         )
     return winner, note

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from med_gradcam import __version__, commands
 from med_gradcam.errors import MedGradcamError
@@ -82,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one sentence on stderr."""
     args = parser().parse_args(argv)
     try:
-        return commands.run(args)
+        with terminated_is_stopped():
+            return commands.run(args)
     except BrokenPipeError:
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a sentence, no traceback
@@ -91,6 +95,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = _said(error)
     print(f"med-gradcam: {message}", file=sys.stderr)  # noqa: T201
     return code
+
+
+@contextmanager
+def terminated_is_stopped() -> Iterator[None]:
+    """A SIGTERM stops the work as Ctrl-C does, so that no half folder stays behind."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _said(error: BaseException) -> tuple[int, str]:

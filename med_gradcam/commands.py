@@ -152,6 +152,8 @@ def table(cases: list[tuple[str, Explanation]]) -> str:
 def notes(e: Explanation) -> list[str]:
     """What must be said beside the numbers."""
     from med_gradcam.explanation import STATUS_WORDS
+    from med_gradcam.geometry import point_words
+    from med_gradcam.maps import draw
     from med_gradcam.summary import peaks
 
     words = {"for": "raises", "against": "lowers"}
@@ -165,9 +167,16 @@ def notes(e: Explanation) -> list[str]:
     lines += [
         f"{words[peak.polarity]} the model's score most at {peak.words} ({peak.side}), "
         f"{peak.per_ml:.3g} {e.unit} per mL"
-        for peak in peaks(e, most=1)
+        for peak in peaks(e, draw(e), most=1)
     ]
-    return [*lines, *(f"note: {w}" for w in e.warnings)]
+    lines += [
+        f"around {point_words(r.centre_ras_mm)} ({r.radius_mm:.0f} mm ball) the map says "
+        f"{r.net:+.2f}; removing it changes the score by {-r.effect:+.2f}"
+        for r in e.regions
+        if r.chosen != "random"
+    ]
+    told = dict.fromkeys((*e.warnings, *e.provenance.notes))
+    return [*lines, *(f"note: {w}" for w in told)]
 
 
 @contextmanager

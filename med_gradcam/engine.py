@@ -20,7 +20,7 @@ from med_gradcam.intake import Request, as_model, as_volume, provenance
 from med_gradcam.methods import Bound, Evidence
 from med_gradcam.model import Model
 from med_gradcam.placement import place
-from med_gradcam.prepare import Prepared, prepare
+from med_gradcam.prepare import FLAGGED, Prepared, prepare
 from med_gradcam.progress import Progress, Step, silent
 from med_gradcam.running import MISFIT, network_errors, stoppable
 from med_gradcam.tail import at_rest, record
@@ -71,7 +71,7 @@ def explain(  # noqa: PLR0913 - the one door; each setting is a key of the JSON
         Cancelled: `progress` raised it.
     """
     request = Request(
-        str(target), layer, method, reference, at, precise, device, threads, seed, progress
+        str(target), str(layer), method, reference, at, precise, device, threads, seed, progress
     )
     with at_rest(model) if isinstance(model, torch.nn.Module) else nullcontext():
         found_model = as_model(model, image, link)  # reads the weights: no other thread at work
@@ -143,6 +143,7 @@ class Case:
         if self.request.layer != "auto":
             path, _ = layers.find_layer(self.model, self.request.layer)
             return [layers.check_places(traced.find(path), path).name]
+        layers.check_sparse(traced)
         found = layers.candidates(self.model, traced)
         if not found:
             raise CannotExplainError(
@@ -167,6 +168,7 @@ class Case:
                 "weights and the intensity steps.",
             )
         scores = [float(v) for v in logits[0].detach()]
+        layers.check_logits(self.model.net, self.model.link, scores)
         labels, link = self.model.labels, self.model.link
         if labels and len(labels) != len(scores):
             raise ModelError(
@@ -300,7 +302,10 @@ class Case:
         cells = place(self.model.net, info, self.prepared.raw.shape)
         status, bypassed, warnings = self._status(chosen, evidence, cells)
         choice, refused = tried
-        notes = [*silent_map, *warnings, *([choice.note] if choice and choice.note else [])]
+        differs = abs(chosen.score - (chosen.reference_score or 0.0)) > self._least(target)
+        notes = [*silent_map, *warnings]
+        notes += [choice.note] if choice and choice.note and differs else []
+        notes += [n for n in self.prepared.notes if n.startswith(FLAGGED)]
         notes += [f"layer {t.layer!r} was passed over: {t.refused}" for t in refused]
         regions: tuple[Region, ...] = choice.regions if choice else ()
         with_reference = self.method.USES_REFERENCE and background is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -87,7 +87,7 @@ class Explanation:
         InputError: evidence or score is not finite, or the evidence is not on its grid.
     """
 
-    evidence: npt.NDArray[np.float32]
+    evidence: npt.NDArray[np.float32] = field(repr=False)
     grid: Geometry
     image: Geometry
     score: float

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from med_gradcam.engine import NORMAL
-from med_gradcam.errors import CannotExplainError
+from med_gradcam.errors import CannotExplainError, ModelError
 from med_gradcam.geometry import point_words
 from med_gradcam.graph import LayerInfo, Trace, trace
 from med_gradcam.layers import candidates
@@ -47,6 +47,8 @@ def inspect(
 
     `volume` and `at` try it on a scan; without one the model's own patch and spacing are used.
     """
+    if not isinstance(model, Model):
+        raise ModelError(f"expected a Model (med_gradcam.load_model), got {type(model).__name__}.")
     spec = model.input
     if volume is not None:
         prepared = prepare(volume, model, at)

@@ -39,6 +39,15 @@ class Request:
     seed: int
     progress: Progress
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"expected a seed of 0 or more, got {self.seed}.")
+        if not isinstance(self.reference, (str, Volume)):
+            raise UsageError(
+                f"expected a reference of auto, tissue, zero, value:X or a Volume, "
+                f"got {type(self.reference).__name__}."
+            )
+
     @contextmanager
     def threads_set(self) -> Iterator[None]:
         """Torch's thread count for the time of the call."""
@@ -79,7 +88,14 @@ class Request:
 def as_model(model: object, image: object, link: str | None) -> Model:
     """A Model as it is, or a bare torch module with as little assumed as possible."""
     if isinstance(model, Model):
+        if link is not None:
+            raise UsageError("expected no link beside a Model, which has one of its own.")
         return model
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "expected a plain torch module, got TorchScript, which cannot be explained yet; use "
+            "the module it was made from."
+        )
     if not isinstance(model, torch.nn.Module):
         raise ModelError(
             f"expected a Model (med_gradcam.load_model) or a torch module, "
@@ -100,6 +116,8 @@ def as_model(model: object, image: object, link: str | None) -> Model:
 def as_volume(image: object, affine: object, model: Model) -> Volume:
     """A Volume as it is, or a bare array or tensor on voxels of 1 mm (or on `affine`)."""
     if isinstance(image, Volume):
+        if affine is not None:
+            raise UsageError("expected no affine beside a Volume, which has one of its own.")
         return image
     array = _array(image)
     matrix = np.eye(4) if affine is None else np.asarray(affine, dtype=np.float64)
@@ -112,6 +130,8 @@ def as_volume(image: object, affine: object, model: Model) -> Volume:
 
 def _array(image: object) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     if isinstance(image, torch.Tensor):
+        if image.is_complex():
+            raise ImageError(f"expected real numbers, got a tensor of {image.dtype}.")
         image = image.detach().cpu().float().numpy()
     array = np.asarray(image)
     if array.dtype.kind not in "iufb":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from med_gradcam.errors import CannotExplainError, UnknownNameError
@@ -56,6 +58,39 @@ def check_places(info: LayerInfo | None, path: str) -> LayerInfo:
 
 def _usable(info: LayerInfo) -> bool:
     return not info.is_output and info.runs == 1 and min(info.shape[1:]) > 1
+
+
+def check_logits(net: torch.nn.Module, link: str, scores: Sequence[float]) -> None:
+    """Refuse a network that ends in the link function itself: log-odds need what comes before it.
+
+    Raises:
+        CannotExplainError: its outputs are probabilities.
+    """
+    if link == "none":
+        return
+    last = type(list(net.modules())[-1]).__name__
+    whole = len(scores) > 1 and min(scores) >= 0 and abs(sum(scores) - 1) < 1e-4
+    if last in ("Softmax", "LogSoftmax", "Sigmoid", "LogSigmoid") or (link == "softmax" and whole):
+        raise CannotExplainError(
+            "output",
+            f"expected a network that puts out logits for the link {link!r}, got probabilities "
+            f"(it ends in a softmax or sigmoid of its own); leave that last step out.",
+        )
+
+
+def check_sparse(trace: Trace) -> None:
+    """Refuse a network whose output is a map.
+
+    Raises:
+        CannotExplainError: with the shape of the output.
+    """
+    dense = next((x for x in trace.layers if x.is_output and max(x.shape[1:]) > 1), None)
+    if dense is not None:
+        raise CannotExplainError(
+            "dense",
+            f"expected a network with one score vector per scan, got an output of shape "
+            f"{(1, *dense.shape)}; maps of a segmentation network cannot be explained yet.",
+        )
 
 
 def candidates(model: Model, trace: Trace) -> list[LayerInfo]:

@@ -8,7 +8,7 @@ stays constant inside the box. Cells that touch no voxel are summed in `outside_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -33,7 +33,7 @@ class Heatmap:
     (log-odds) of cells that touch no voxel.
     """
 
-    values: Floats
+    values: Floats = field(repr=False)
     grid: Geometry
     polarity: Polarity
     unit: str

@@ -135,6 +135,9 @@ class Model:
     def __post_init__(self) -> None:
         if self.link not in LINKS:
             raise ModelError(f"expected a link of {', '.join(LINKS)}, got {self.link!r}.")
+        for text in (*self.labels, self.name, self.licence, self.task, *self.aliases):
+            if not text.isprintable():
+                raise ModelError(f"expected printable labels and names, got {text!r}.")
         if len(set(self.labels)) != len(self.labels):
             raise ModelError(f"expected different labels, got {list(self.labels)}.")
         object.__setattr__(self, "aliases", MappingProxyType(dict(self.aliases)))

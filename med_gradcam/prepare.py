@@ -22,6 +22,9 @@ from med_gradcam.volume import Volume
 
 Floats = npt.NDArray[np.float32]
 SPACING_TOLERANCE = 0.01  # share by which a scan's voxels may differ from the model's unchanged
+# Notes that start so change what a map can say: they are warnings.
+FLAGGED = ("the scan is smaller", "the values do not look like")
+NOT_HU = -200.0  # a CT scan of a patient has air in it; a file with nothing below this is no CT
 NEARLY_PATCH = 0.10  # a scan this close to a fixed patch is explained whole, around its centre
 
 
@@ -107,7 +110,11 @@ def _check_fit(volume: Volume, spec: InputSpec, name: str) -> list[str]:
     if spec.modality is None:
         return []
     if volume.modality is None:
-        return [f"the file does not say its modality; taken as {spec.modality}, as the model does"]
+        notes = [f"the file does not say its modality; taken as {spec.modality}, as the model does"]
+        if spec.modality == "CT" and float(volume.array.min()) > NOT_HU:
+            low = float(volume.array.min())
+            notes.append(f"the values do not look like a CT in HU: none is below {low:g}")
+        return notes
     if volume.modality != spec.modality:
         raise ImageError(
             f"expected a {spec.modality} scan for {name!r}, got modality {volume.modality}; "

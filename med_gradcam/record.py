@@ -58,7 +58,7 @@ def to_record(explanation: Explanation, maps: Maps | None = None) -> dict[str, A
                 "words": p.words,
                 "side": p.side,
             }
-            for p in peaks(e)
+            for p in peaks(e, maps)
         ],
         "verdict": None,
         "regions": [{**asdict(r), "centre_ras_mm": list(r.centre_ras_mm)} for r in e.regions],

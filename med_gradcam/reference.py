@@ -101,7 +101,8 @@ def _value(text: str) -> float:
     except ValueError:
         pass
     raise UsageError(
-        f"expected a reference of auto, tissue, zero, value:X or a file, got {text!r}."
+        f"expected a reference of auto, tissue, zero, value:X or a file, got {text!r}, "
+        f"and there is no such file."
     )
 
 

@@ -12,8 +12,16 @@ from med_gradcam.model import Model
 from med_gradcam.progress import Progress, Step, silent
 
 # What a network raises of its own when an input does not fit it.
-MISFIT = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
-_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory")
+MISFIT = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    LookupError,
+    AttributeError,
+    ImportError,
+)
+_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory", "alloc_cpu")
 
 
 @contextmanager
@@ -32,6 +40,18 @@ def stoppable(net: torch.nn.Module, progress: Progress) -> Iterator[None]:
             handle.remove()
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error, torch's RuntimeErrors included, says that memory ran out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _MEMORY_WORDS)
+
+
 @contextmanager
 def network_errors(
     model: Model, shape: Sequence[int], kinds: tuple[type[Exception], ...] = (RuntimeError,)
@@ -44,8 +64,8 @@ def network_errors(
     except MemoryError as error:
         raise ResourceError(_no_memory(shape)) from error
     except kinds as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if any(words in text.lower() for words in _MEMORY_WORDS):
+        text = first_line(error)
+        if is_memory(error):
             raise ResourceError(_no_memory(shape)) from error
         raise ModelError(
             f"expected the network of {model.name!r} to run on an input of shape "

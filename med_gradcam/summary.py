@@ -8,16 +8,18 @@ import numpy as np
 import numpy.typing as npt
 
 from med_gradcam.explanation import Explanation
-from med_gradcam.geometry import point_words, side_words
-from med_gradcam.maps import Heatmap, Polarity
+from med_gradcam.geometry import Geometry, point_words, side_words
+from med_gradcam.maps import Heatmap, Maps, Polarity
+
+POLARITIES: tuple[Polarity, Polarity] = ("for", "against")
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
     """A cell that stands out among its neighbours.
 
-    `evidence` in log-odds (>= 0 for both polarities), `per_ml` its density in the cell's own
-    volume; `ras_mm` the cell's centre; `words` and `side` say it for people.
+    `evidence` in log-odds (>= 0 for both polarities), `per_ml` the density at `ras_mm`, its place;
+    `words` and `side` say it for people.
     """
 
     polarity: Polarity
@@ -34,10 +36,15 @@ class Peak:
         return -x, -y, z
 
 
-def peaks(explanation: Explanation, most: int = 3) -> tuple[Peak, ...]:
-    """Up to `most` local maxima of each polarity, strongest first, inside the image."""
+def peaks(explanation: Explanation, maps: Maps | None = None, most: int = 3) -> tuple[Peak, ...]:
+    """Up to `most` local maxima of each polarity among the cells, strongest first.
+
+    Each lies at its cell's centre; with `maps`, at the strongest voxel of that cell as drawn, with
+    the density drawn there. Cells whose centre lies beside the image are left out.
+    """
     found: list[Peak] = []
-    for polarity, sign in (("for", 1.0), ("against", -1.0)):
+    for polarity in POLARITIES:
+        sign = 1.0 if polarity == "for" else -1.0
         values = np.maximum(sign * explanation.evidence.astype(np.float64), 0)
         maxima = _local_maxima(values)
         order = np.argsort(-values[tuple(maxima.T)], kind="stable")
@@ -47,19 +54,28 @@ def peaks(explanation: Explanation, most: int = 3) -> tuple[Peak, ...]:
             if kept == most or not explanation.image.contains(explanation.image.index_ijk(ras)):
                 continue
             kept += 1
-            x, y, z = ras.tolist()
             worth = float(values[tuple(index)])
-            found.append(
-                Peak(
-                    "for" if polarity == "for" else "against",
-                    worth,
-                    worth / explanation.grid.voxel_ml,
-                    (x, y, z),
-                    point_words(ras),
-                    side_words(ras),
-                )
-            )
+            per_ml = worth / explanation.grid.voxel_ml
+            if maps is not None:
+                drawn = maps.raises if polarity == "for" else maps.lowers
+                ras, per_ml = _strongest_voxel(drawn, explanation.grid, ras)
+            x, y, z = ras.tolist()
+            place = (x, y, z)
+            found.append(Peak(polarity, worth, per_ml, place, point_words(ras), side_words(ras)))
     return tuple(found)
+
+
+def _strongest_voxel(
+    drawn: Heatmap, cells: Geometry, centre_ras: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], float]:
+    """Place (RAS mm) and density of the strongest voxel of the cell around a centre."""
+    half = np.abs(np.linalg.inv(drawn.grid.affine)[:3, :3] @ cells.affine[:3, :3]).sum(1) / 2
+    middle = drawn.grid.index_ijk(centre_ras)
+    low = np.clip(np.floor(middle - half), 0, None).astype(int)
+    high = np.minimum(np.ceil(middle + half).astype(int) + 1, drawn.grid.shape)
+    box = drawn.values[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    best = np.array(np.unravel_index(int(box.argmax()), box.shape)) + low
+    return drawn.grid.world_ras(best), float(drawn.values[tuple(best)])
 
 
 def _local_maxima(values: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from med_gradcam.errors import CannotExplainError
+from med_gradcam.errors import CannotExplainError, ModelError
 
 Score = Callable[[Any], torch.Tensor]
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -34,6 +34,11 @@ def at_rest(net: torch.nn.Module) -> Iterator[None]:
     Threads that explain with one network wait for each other, since hooks and patched modules
     belong to the network and not to the thread.
     """
+    if any(p.is_inference() for p in net.parameters()):
+        raise ModelError(
+            "expected a network whose weights can be part of a gradient, got one made inside "
+            "torch.inference_mode(); make or copy it outside."
+        )
     with _LOCKS_LOCK:
         lock = _LOCKS.setdefault(net, threading.RLock())
     with lock, torch.inference_mode(mode=False):  # no gradients exist in inference mode

@@ -27,7 +27,7 @@ class Volume:
         ImageError: not four axes, not on the grid, not real numbers, or not all finite.
     """
 
-    array: npt.NDArray[Any]
+    array: npt.NDArray[Any] = field(repr=False)
     grid: Geometry
     modality: str | None = None
     unit: str = "a.u."

@@ -172,9 +172,13 @@ def test_another_modality_or_number_of_channels() -> None:
 
 
 def test_an_unknown_modality_is_taken_as_the_models_and_said() -> None:
-    scan = volume(np.arange(27.0).reshape(3, 3, 3), modality=None)
-    assert prepare(scan, model()).notes == (
-        "the file does not say its modality; taken as CT, as the model does",
+    said = "the file does not say its modality; taken as CT, as the model does"
+    scan = volume(np.linspace(-1000.0, 300.0, 27).reshape(3, 3, 3), modality=None)
+    assert prepare(scan, model()).notes == (said,)
+    other = volume(np.arange(27.0).reshape(3, 3, 3), modality=None)
+    assert prepare(other, model()).notes == (
+        said,
+        "the values do not look like a CT in HU: none is below 0",
     )
 
 

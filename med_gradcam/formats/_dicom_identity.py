@@ -59,7 +59,7 @@ _PERSONAL = (
     "AccessionNumber",
 )
 _PERSONAL_OPTIONAL = ("IssuerOfPatientID", "PatientAge", "StudyDescription")
-_METHOD = "med_gradcam: only UIDs and coded terms of the source were copied"
+_METHOD = "UIDs, study date and time and coded terms of the source kept"
 
 
 def tidy(text: str, most: int) -> str:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from med_gradcam.calibration import Calibration
-from med_gradcam.errors import MedGradcamError, ModelError
+from med_gradcam.errors import MedGradcamError, ModelError, ResourceError
 from med_gradcam.model import InputSpec, Model, parse_steps
+from med_gradcam.running import first_line, is_memory
 
 TITLE = "folder with spec.json + weights.safetensors (med-gradcam-model/1), nothing is executed"
 FORMAT = "med-gradcam-model/1"
@@ -209,11 +210,24 @@ def _build(layer: Any) -> torch.nn.Module:
     signature = inspect.signature(make)
     if "pretrained" in signature.parameters:
         arguments = {**arguments, "pretrained": False}  # weights come from the folder alone
+    return _made(name, make, arguments)
+
+
+def _made(name: str, make: Any, arguments: dict[str, Any]) -> torch.nn.Module:
     try:
-        signature.bind(**arguments)
+        inspect.signature(make).bind(**arguments)
         net: torch.nn.Module = make(**arguments)
+    except (MemoryError, RuntimeError) as error:
+        if is_memory(error):
+            raise ResourceError(f"not enough memory for {name} with {arguments}.") from error
+        raise ModelError(f"the arguments of {name} do not fit: {first_line(error)}.") from error
     except Exception as error:  # constructors raise whatever they like
-        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        why = first_line(error)
+        if "import" in type(error).__name__.lower():  # MONAI's OptionalImportError
+            raise ModelError(
+                f"{name} needs a package that is not installed ({why}): "
+                f"pip install 'med_gradcam[monai]' and what it names."
+            ) from error
         raise ModelError(f"the arguments of {name} do not fit: {why}.") from error
     return net
 

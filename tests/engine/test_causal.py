@@ -106,7 +106,7 @@ def test_the_slope_nearest_one_wins_and_ties_go_to_the_coarser(
 def test_a_map_that_tells_little_is_taken_with_a_warning() -> None:
     choice = World().choose([0.2, 0.5])
     assert choice.layer == "layer1"
-    assert "gives 50% of what the model really does" in choice.note
+    assert "names 50% of what the score really changes" in choice.note
 
 
 @pytest.mark.parametrize(

@@ -398,3 +398,52 @@ def test_only_a_lack_of_memory_is_called_one(text: str, kind: type[Exception]) -
 
     with pytest.raises(kind, match=r"memory"):
         _explain(nets.made(Fails))
+
+
+@pytest.mark.parametrize(("last", "link"), [("Softmax", "softmax"), ("Sigmoid", "sigmoid")])
+def test_a_network_that_ends_in_its_link_function_is_refused(last: str, link: str) -> None:
+    torch.manual_seed(0)
+    end = torch.nn.Softmax(1) if last == "Softmax" else torch.nn.Sigmoid()
+    net = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool3d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2), end,
+    )  # fmt: skip
+    for method in ("integrated", "gradcam"):
+        with pytest.raises(CannotExplainError, match=r"puts out logits .* got probabilities"):
+            mg.explain(torch.rand(8, 8, 8), net, target=1, method=method, link=link, layer="1")
+    assert mg.explain(torch.rand(8, 8, 8), net[:-1], target=1, link=link, layer="1").evidence.any()
+
+
+def test_a_functional_softmax_at_the_end_is_refused_too() -> None:
+    class Ends(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv3d(1, 3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(self.conv(x).mean((2, 3, 4)), 1)
+
+    with pytest.raises(CannotExplainError, match="got probabilities"):
+        mg.explain(torch.rand(8, 8, 8), Ends(), target=0, layer="conv")
+
+
+def test_odd_calls_are_sentences() -> None:
+    scan, net = torch.rand(8, 8, 8), nets.made(nets.gated)
+    with pytest.raises(mg.MedGradcamError, match="expected a known layer, got '4'"):
+        mg.explain(scan, net, layer=4)  # type: ignore[arg-type]
+    with pytest.raises(mg.MedGradcamError, match="expected a seed of 0 or more, got -1"):
+        mg.explain(scan, net, seed=-1)
+    with pytest.raises(mg.MedGradcamError, match="expected a reference of auto"):
+        mg.explain(scan, net, reference=scan)  # type: ignore[arg-type]
+    with pytest.raises(mg.MedGradcamError, match="no affine beside a Volume"):
+        mg.explain(nets.volume(), net, affine=torch.eye(4))
+    with pytest.raises(mg.MedGradcamError, match="no link beside a Model"):
+        mg.explain(scan, Model(net, InputSpec()), link="sigmoid")
+    with pytest.raises(mg.MedGradcamError, match="got TorchScript"):
+        mg.explain(scan, torch.jit.ScriptModule())
+    with pytest.raises(mg.MedGradcamError, match=r"real numbers, got a tensor of torch\.complex64"):
+        mg.explain(torch.complex(scan, scan), net)
+    with torch.inference_mode():
+        frozen = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3))
+    with pytest.raises(mg.MedGradcamError, match=r"made inside torch\.inference_mode"):
+        mg.explain(scan, frozen)
