@@ -172,7 +172,22 @@ def choose(
         Region(_point(prepared.grid, centre), radius, chosen, net, effect)
         for (chosen, centre), net, effect in zip(picked, says[winner], true, strict=True)
     )
-    return Choice(winner, trials, regions, note)
+    return Choice(
+        winner, trials, regions, "; ".join(n for n in (note, _signs(regions, least)) if n)
+    )
+
+
+def _signs(regions: Sequence[Region], least: float) -> str:
+    """A warning where the map and the model disagree about the sign of a region that counts."""
+    count = sum(
+        1 for r in regions if min(abs(r.net), abs(r.effect)) > least and r.net * r.effect < 0
+    )
+    return (
+        f"at {count} of {len(regions)} tested regions the map says the opposite of what removing "
+        f"them does"
+        if count
+        else ""
+    )
 
 
 def _point(grid: Geometry, centre: tuple[int, int, int]) -> tuple[float, float, float]:

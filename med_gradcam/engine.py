@@ -105,6 +105,7 @@ class Case:
         self._say(0, "following the network")
         reference.build("zero", self.prepared, None, "")  # refuses a constant scan
         x = self._tensor(self.prepared.network_input())
+        layers.check_volumetric(self.model.net)
         with network_errors(self.model, self.prepared.raw.shape, MISFIT):
             traced = trace(self.model.net, x.shape[1:])
         wanted = self._layers(traced)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from med_gradcam.errors import CannotExplainError, UnknownNameError
+from med_gradcam.errors import CannotExplainError, ModelError, UnknownNameError
 from med_gradcam.graph import LayerInfo, Trace
 from med_gradcam.model import Model
 
@@ -75,6 +75,20 @@ def check_logits(net: torch.nn.Module, link: str, scores: Sequence[float]) -> No
             "output",
             f"expected a network that puts out logits for the link {link!r}, got probabilities "
             f"(it ends in a softmax or sigmoid of its own); leave that last step out.",
+        )
+
+
+def check_volumetric(net: torch.nn.Module) -> None:
+    """Refuse a network for two-dimensional images.
+
+    Raises:
+        ModelError: all its convolutions are two-dimensional.
+    """
+    kinds = {type(m).__name__ for m in net.modules()}
+    if "Conv2d" in kinds and not kinds & {"Conv3d", "ConvTranspose3d"}:
+        raise ModelError(
+            "expected a network for volumes, got one with two-dimensional convolutions only; "
+            "networks for two-dimensional images cannot be explained yet."
         )
 
 

@@ -25,6 +25,7 @@ SPACING_TOLERANCE = 0.01  # share by which a scan's voxels may differ from the m
 # Notes that start so change what a map can say: they are warnings.
 FLAGGED = ("the scan is smaller", "the values do not look like")
 NOT_HU = -200.0  # a CT scan of a patient has air in it; a file with nothing below this is no CT
+MOST_PADDING = 2  # a patch may be this many times the scan along an axis
 NEARLY_PATCH = 0.10  # a scan this close to a fixed patch is explained whole, around its centre
 
 
@@ -175,6 +176,11 @@ def _window(
             f"expected a point --at, since the model takes patches of {want} voxels and the scan "
             f"has {have} (both along {grid.axcodes}); say where to look, for example "
             f"--at ijk:{','.join(str(n // 2) for n in image.shape)}."
+        )
+    if any(n > MOST_PADDING * size for size, n in zip(grid.shape, patch, strict=True)):
+        raise ImageError(
+            f"expected a scan of at least half the model's patch {tuple(patch)} along "
+            f"{grid.axcodes}, got {grid.shape} voxels: most of the input would be padding."
         )
     start = []
     for c, n, size in zip(centre, patch, grid.shape, strict=True):

@@ -371,7 +371,7 @@ def test_a_network_that_fails_on_a_scan_is_named_with_its_own_words(
 def test_two_dimensional_networks_are_told_so() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
     net(torch.zeros(1, 1, 16, 16))
-    with pytest.raises(ModelError, match="to run on an input of shape"):
+    with pytest.raises(ModelError, match="two-dimensional convolutions only"):
         mg.explain(nets.volume(), net.eval())
 
 
