@@ -23,7 +23,7 @@ from med_gradcam.placement import place
 from med_gradcam.prepare import FLAGGED, Prepared, prepare
 from med_gradcam.progress import Progress, Step, silent
 from med_gradcam.running import MISFIT, network_errors, stoppable
-from med_gradcam.tail import at_rest, record
+from med_gradcam.tail import at_rest, check_repeats, record
 from med_gradcam.target import Target, output_matrix, parse_target
 from med_gradcam.volume import Volume
 
@@ -209,8 +209,10 @@ class Case:
         net = self.model.net
         here = record(net, wanted, x)
         target = self._pick_target(here.output)
+        again = target(outputs(net, x))  # noise before the layer would hide in what is remembered
+        check_repeats(x, float(target(here.output)[0]), float(again[0]))
         there = None
-        self.forwards += 1
+        self.forwards += 2
         if self.method.USES_REFERENCE:
             raw = self._tensor(self.prepared.network_input(background.raw))
             there = record(net, wanted, raw)

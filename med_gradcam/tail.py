@@ -216,15 +216,25 @@ class Tail:
         Raises:
             CannotExplainError: the network gives another score each time.
         """
-        for tail in (self, replace(self, alone=True), replace(self, alone=True, memory=())):
+        whole = replace(self, alone=True, memory=())
+        for tail in (self, replace(self, alone=True)):
             try:
                 found = float(tail.scores(activations, score)[0])
             except (RuntimeError, IndexError):  # a batch, or a memory, that does not fit
-                if not tail.alone or tail.memory:
-                    continue
-                raise
+                continue
             if not math.isfinite(known) or abs(found - known) <= _near(activations, known):
                 return tail
+        check_repeats(activations, known, float(whole.scores(activations, score)[0]))
+        return whole
+
+
+def check_repeats(activations: torch.Tensor, known: float, found: float) -> None:
+    """Refuse a network whose two scores for one input differ by more than rounding.
+
+    Raises:
+        CannotExplainError: with both scores.
+    """
+    if math.isfinite(known) and not abs(found - known) <= _near(activations, known):
         raise CannotExplainError(
             "not repeatable",
             f"expected the network to give the same score twice, it gave {known:.6g} and "

@@ -447,3 +447,17 @@ def test_odd_calls_are_sentences() -> None:
         frozen = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3))
     with pytest.raises(mg.MedGradcamError, match=r"made inside torch\.inference_mode"):
         mg.explain(scan, frozen)
+
+
+def test_noise_before_the_layer_is_noticed() -> None:
+    class Noisy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nets.made(nets.gated)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x + 0.5 * torch.randn_like(x))  # type: ignore[no-any-return]
+
+    with pytest.raises(CannotExplainError, match="the same score twice") as caught:
+        mg.explain(nets.volume(), Noisy(), layer="inner.first")
+    assert caught.value.reason == "not repeatable"
