@@ -41,7 +41,7 @@ class Capture:
     passes: float = field(default=0.0)
 
     def gradient(self) -> torch.Tensor:
-        """D score / d activation at the case, shape (C, i, j, k)."""
+        """The gradient d score / d activation at the case, shape (C, i, j, k)."""
         if self.known_gradient is None:
             self._check_tail()
             self.known_gradient = self.gradients(self.activation[None])[0]
@@ -55,7 +55,7 @@ class Capture:
         self.tail = self.tail.faithful(pair, self.target, self.score)
 
     def gradients(self, activations: torch.Tensor) -> torch.Tensor:
-        """D score / d activation at other activations, both (n, C, i, j, k)."""
+        """Gradients d score / d activation at other activations, both (n, C, i, j, k)."""
         self.passes += 2.0 * len(activations)
         return self.tail.gradients(activations, self.target)
 

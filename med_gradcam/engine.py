@@ -103,7 +103,7 @@ class Case:
     def explained(self) -> Explanation:
         """The whole path: trace, capture, method, layer choice, placement."""
         self._say(0, "following the network")
-        reference.build("zero", self.prepared, None, "")  # refuses a constant scan
+        reference.check_contrast(self.prepared)
         x = self._tensor(self.prepared.network_input())
         layers.check_volumetric(self.model.net)
         with network_errors(self.model, self.prepared.raw.shape, MISFIT):

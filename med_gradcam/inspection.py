@@ -31,7 +31,7 @@ def of_scan(volume: Volume) -> dict[str, Any]:
         "axes": grid.axcodes,
         "spacing_mm": [round(s, 4) for s in grid.spacing_mm],
         "oblique_degrees": round(grid.oblique_degrees, 2),
-        "modality": volume.modality or "not stated",
+        "modality": volume.modality,
         "unit": volume.unit,
         "range": [float(volume.array.min()), float(volume.array.max())],
         "first_voxel": point_words(low),
@@ -129,7 +129,8 @@ def _guard(info: LayerInfo) -> str:
 def as_text(report: Mapping[str, Any]) -> str:
     """The report for people."""
     if report["kind"] == "scan":
-        return "\n".join(f"{k}: {_plain(v)}" for k, v in report.items() if k != "kind")
+        shown = {k: "not stated" if v is None else v for k, v in report.items() if k != "kind"}
+        return "\n".join(f"{k}: {_plain(v)}" for k, v in shown.items())
     first = [f"{k}: {_plain(report[k])}" for k in ("name", "task", "labels", "link", "licence")]
     takes = ", ".join(f"{k} {_plain(v)}" for k, v in report["input"].items())
     tried = "x".join(str(n) for n in report["tried_on"]["shape"])

@@ -36,6 +36,21 @@ class ReferenceInput:
     noise: tuple[float, ...]
 
 
+def check_contrast(prepared: Prepared) -> None:
+    """Refuse a scan that is the same everywhere.
+
+    Raises:
+        CannotExplainError: with its value.
+    """
+    low, high = float(prepared.raw.min()), float(prepared.raw.max())
+    if low == high:
+        raise CannotExplainError(
+            "constant volume",
+            f"the scan is constant ({high:g} everywhere the network looks), so there is nothing "
+            f"to explain; check the file or the point.",
+        )
+
+
 def build(kind: str, prepared: Prepared, modality: str | None, unit: str) -> ReferenceInput:
     """The reference input "auto", "tissue", "zero" or "value:X" for a prepared scan.
 
@@ -45,13 +60,8 @@ def build(kind: str, prepared: Prepared, modality: str | None, unit: str) -> Ref
         UsageError: no such reference, or tissue for a modality without a rule.
         CannotExplainError: the scan is constant.
     """
+    check_contrast(prepared)
     raw = prepared.raw
-    if float(raw.max()) == float(raw.min()):
-        raise CannotExplainError(
-            "constant volume",
-            f"the scan is constant ({float(raw.max()):g} everywhere the network looks), so there "
-            f"is nothing to explain; check the file or the point.",
-        )
     if kind == "auto":
         kind = "tissue" if modality in ("CT", "MR") else "zero"
     if kind == "tissue":

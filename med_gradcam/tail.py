@@ -193,7 +193,7 @@ class Tail:
             return self._scored(activations, score)
 
     def gradients(self, activations: torch.Tensor, score: Score) -> torch.Tensor:
-        """D score / d activation for each of n activations, shape (n, C, i, j, k)."""
+        """Gradients d score / d activation for each of n activations, shape (n, C, i, j, k)."""
         with torch.enable_grad():
             leaf = activations.detach()
             leaf.requires_grad = True
