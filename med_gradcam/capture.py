@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from med_gradcam.errors import CannotExplainError
-from med_gradcam.tail import Recorded, Score, Tail, no_gradient
+from med_gradcam.tail import INPUT, Recorded, Score, Tail, no_gradient
 
 # Channel means of the gradient below this share of its mean size are rounding noise: behind an
 # InstanceNorm they are analytically zero (measured: 1e-8 in float32, 1e-17 in float64).
@@ -27,7 +27,10 @@ class Capture:
     `activation` and `baseline` (the reference input's activation, or None) have shape (C, i, j, k);
     `score` is the target's for the case, `reference_score` that of the reference input; `tail` runs
     the network behind the layer; `passes` counts how many times that was done (one pass is a
-    forward and, with a gradient, a backward of about the same price, weights being frozen).
+    forward and, with a gradient, a backward of about the same price, weights being frozen) and
+    `forwards` how many predictions of the whole network were made. At the layer `@input` the
+    activation is the network's input itself. `reference_input` is (1, C, I, J, K) or None; `beside`
+    is a second capture of the case, at a layer, for methods at the input that need one (BESIDE).
     """
 
     layer: str
@@ -39,6 +42,15 @@ class Capture:
     reference_score: float | None = None
     known_gradient: torch.Tensor | None = None
     passes: float = field(default=0.0)
+    forwards: float = field(default=0.0)
+    reference_input: torch.Tensor | None = None
+    beside: Capture | None = None
+    seed: int = 0
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The network's input (1, C, I, J, K)."""
+        return self.tail.x
 
     def gradient(self) -> torch.Tensor:
         """The gradient d score / d activation at the case, shape (C, i, j, k)."""
@@ -63,6 +75,19 @@ class Capture:
         """The target's scores (n,) at other activations, through the tail only."""
         self.passes += float(len(activations))
         return self.tail.scores(activations, self.target)
+
+    def input_scores(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The target's scores (n,) of other inputs (n, C, I, J, K): whole predictions."""
+        self.forwards += float(len(inputs))
+        with torch.no_grad():
+            return torch.cat([self.target(self.tail.net(one[None].clone())) for one in inputs])
+
+    def at_input(self, x: torch.Tensor) -> Capture:
+        """The capture of another input (1, C, I, J, K) at the same layer, gradient included."""
+        _, found = capture(self.tail.net, self.layer, x, lambda _: self.target)
+        self.forwards += 1.0
+        self.passes += 1.0
+        return found
 
 
 def capture(
@@ -92,7 +117,10 @@ def capture(
         leaves.append(leaf)
         return leaf.clone()  # what follows may work in place
 
-    handle = net.get_submodule(layer).register_forward_hook(reroot, prepend=True)
+    if layer == INPUT:
+        handle = net.register_forward_pre_hook(lambda m, inputs: reroot(m, (), inputs[0]))
+    else:
+        handle = net.get_submodule(layer).register_forward_hook(reroot, prepend=True)
     try:
         with torch.no_grad():
             output = net(x.clone())  # which may work in place on it
@@ -131,6 +159,7 @@ def captures(recorded: Recorded, target: Score, reference: Recorded | None) -> d
             recorded.tails[name],
             None if reference is None else reference.activations[name][0],
             reference_score,
+            reference_input=None if reference is None else reference.tails[name].x,
         )
         for name, activation in recorded.activations.items()
     }

@@ -23,6 +23,7 @@ import torch
 from med_gradcam.errors import CannotExplainError, ModelError
 
 Score = Callable[[Any], torch.Tensor]
+INPUT = "@input"  # the scan itself, taken as a layer: its cells are the network's voxels
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
@@ -150,6 +151,8 @@ class Tail:
 
     def run(self, activations: torch.Tensor) -> Any:
         """The network's output when the layer puts out `activations` (n, C, i, j, k)."""
+        if self.layer == INPUT:
+            return self.net(activations.clone())
         with self._replay(activations):
             return self.net(_copies(self.x, len(activations)))
 
@@ -272,7 +275,7 @@ def record(net: torch.nn.Module, layers: Sequence[str], x: torch.Tensor) -> Reco
     Raises:
         CannotExplainError: a layer never runs, runs twice or puts out no (1, C, i, j, k).
     """
-    recording = _Recording({net.get_submodule(name): name for name in layers})
+    recording = _Recording({net.get_submodule(name): name for name in layers if name != INPUT})
     handles = []
     for module in net.modules():
         if module is not net:
@@ -285,6 +288,9 @@ def record(net: torch.nn.Module, layers: Sequence[str], x: torch.Tensor) -> Reco
     finally:
         for handle in handles:
             handle.remove()
+    if INPUT in layers:
+        recording.activations[INPUT] = x.detach().clone()
+        recording.memories[INPUT] = ()
     for name in layers:
         if name not in recording.activations:
             raise CannotExplainError(

@@ -1,13 +1,15 @@
 """The methods: one file each, from a capture to signed evidence per cell.
 
 A method is a module with TITLE, SOURCE (the paper), CANNOT_SHOW (what its map cannot say),
-USES_REFERENCE, PROMISES_SUM and `evidence(capture, bound)`.
+SIGNED (whether it can show evidence against), LEVEL ("layer", or "input" for methods whose cells
+are the voxels of the network's input), BESIDE (whether a method at the input also needs the capture
+of a layer), USES_REFERENCE, PROMISES_SUM and `evidence(capture, bound)`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,9 @@ class Method(Protocol):
     TITLE: str
     SOURCE: str
     CANNOT_SHOW: str
+    SIGNED: bool
+    LEVEL: Literal["layer", "input"]
+    BESIDE: bool
     USES_REFERENCE: bool
     PROMISES_SUM: bool
 

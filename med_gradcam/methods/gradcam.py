@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from med_gradcam.capture import Capture
 from med_gradcam.methods import Bound, Evidence
 
@@ -11,6 +13,9 @@ CANNOT_SHOW = (
     "places: the mean over the map forgets where a channel mattered; wrong signs occur before a "
     "non-linear tail; the sum equals the score (less the bias) for global pooling + linear only"
 )
+SIGNED = True
+LEVEL: Literal["layer", "input"] = "layer"
+BESIDE = False
 USES_REFERENCE = False
 PROMISES_SUM = False
 

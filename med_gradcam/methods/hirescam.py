@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from med_gradcam.capture import Capture
 from med_gradcam.methods import Bound, Evidence
 
@@ -11,6 +13,9 @@ CANNOT_SHOW = (
     "saturated evidence: the gradient is taken at the scan alone; the sum equals the score (less "
     "the bias) only when one linear layer, or a bias-free ReLU network, follows"
 )
+SIGNED = True
+LEVEL: Literal["layer", "input"] = "layer"
+BESIDE = False
 USES_REFERENCE = False
 PROMISES_SUM = False
 

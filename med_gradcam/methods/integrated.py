@@ -10,6 +10,7 @@ where max-pools and ReLUs switch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ SOURCE = (
     "activation (HiResCAM, arXiv:2011.08891): the Aumann-Shapley value of each cell"
 )
 CANNOT_SHOW = "evidence that flows past the layer; and a map says nothing without its reference"
+SIGNED = True
+LEVEL: Literal["layer", "input"] = "layer"
+BESIDE = False
 USES_REFERENCE = True
 PROMISES_SUM = True
 
