@@ -6,6 +6,7 @@ PYTHON ?=
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
+PEERS ?= .venv-peers
 export VENV PYTHON TORCH TORCH_INDEX
 
 PY := $(VENV)/bin/python
@@ -56,8 +57,15 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-benchmark: $(VENV)/.dev
-	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+# The other tools have an environment of their own that borrows from .venv.
+$(PEERS)/.made: benchmarks/peers/setup.sh benchmarks/peers/requirements.txt benchmarks/peers/support.txt | $(VENV)/.dev
+	MAIN=$(VENV) benchmarks/peers/setup.sh $(PEERS)
+	@touch $@
+
+benchmark: $(VENV)/.dev $(PEERS)/.made
+	set -e; for script in $(filter-out benchmarks/bench_peers.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(PY) $$script; done
+	$(PEERS)/bin/python -m benchmarks.bench_peers $(ARGS)
+	$(PEERS)/bin/python -m benchmarks.traps
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo_output
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo_output

@@ -32,6 +32,7 @@ LESIONS = {
     "nodule right": ((51, 287, 29), 3),
 }
 NEAR_MM = 10.0
+METHODS = ("secant", "integrated", "hirescam", "gradcam")  # the first two find a layer of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def true_effect(volume: mg.Volume, model: mg.Model, lesion: str) -> float:
     """z(x) - z(x with the lesion's label, dilated by 2 voxels, set to the reference)."""
     import nibabel as nib
 
-    image = nib.load(folder() / "ct_chest_c3n00247" / "lesions_silver.nii.gz")
+    image: Any = nib.load(folder() / "ct_chest_c3n00247" / "lesions_silver.nii.gz")
     labels = np.asarray(image.dataobj)
     prepared = prepare(volume, model, at(lesion))
     index = np.moveaxis(np.indices(prepared.grid.shape), 0, -1)
@@ -118,7 +119,7 @@ def _score(model: mg.Model, array: npt.NDArray[np.float32]) -> float:
 
 
 def measure(volume: mg.Volume, model: mg.Model, lesion: str, method: str, layer: str) -> Row:
-    """One row of the table."""
+    """What one method at one layer says of one lesion."""
     e = mg.explain(volume, model, at=at(lesion), target="nodule", method=method, layer=layer)
     maps = mg.draw(e)
     ball = within(volume, lesion)
@@ -142,23 +143,51 @@ def measure(volume: mg.Volume, model: mg.Model, lesion: str, method: str, layer:
     )
 
 
-def main() -> None:
-    """Print the table as Markdown."""
-    volume, model = scan_and_net()
-    print("| lesion | method | layer | near | true | near / true | energy x chance | peak mm |")
+def _every_layer(volume: mg.Volume, model: mg.Model) -> None:
+    blocks = list(model.aliases)
+    print("| lesion (true effect) | method | " + " | ".join(blocks) + " |")
+    print("|---|---|" + "---|" * len(blocks))
+    for lesion in LESIONS:
+        for n, method in enumerate(METHODS):
+            rows = [measure(volume, model, lesion, method, block) for block in blocks]
+            first = f"{lesion} ({rows[0].true:.2f})" if n == 0 else ""
+            said = [
+                f"{r.near:z.2f}, **{r.near / r.true:z.2f}**, x{r.energy_over_chance:.1f}, "
+                f"{r.peak_mm:.0f} mm"
+                for r in rows
+            ]
+            print(f"| {first} | {method} | " + " | ".join(said) + " |", flush=True)
+
+
+def _automatic(volume: mg.Volume, model: mg.Model) -> None:
+    names = {path: alias for alias, path in model.aliases.items()}
+    print(
+        "| lesion | method | layer | causal slope | near / true | peak mm | residual | forwards |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for lesion in LESIONS:
-        for method in ("integrated", "hirescam", "gradcam"):
-            wanted = [*model.aliases, "auto"] if method == "integrated" else [*model.aliases]
-            for layer in wanted:
-                row = measure(volume, model, lesion, method, layer)
-                name = f"{layer} ({row.layer})"
-                print(
-                    f"| {lesion} | {method} | {name} | {row.near:.2f} | {row.true:.2f} | "
-                    f"{row.near / row.true:.2f} | x{row.energy_over_chance:.1f} | "
-                    f"{row.peak_mm:.0f} |",
-                    flush=True,
-                )
+        for method in METHODS[:2]:
+            r = measure(volume, model, lesion, method, "auto")
+            e = r.explanation
+            slope = next(t.slope for t in e.trials if t.layer == e.layer)
+            print(
+                f"| {lesion} | {method} | {names[r.layer]} | {slope:.2f} | {r.near / r.true:.2f} | "
+                f"{r.peak_mm:.0f} | {e.residual:.1g} | {e.cost_in_forwards:.1f} |",
+                flush=True,
+            )
+            tried = ", ".join(f"{names[t.layer]} {t.slope:.2f}" for t in e.trials)
+            print(
+                f"<!-- {lesion}, {method}: {e.score:.2f} against {e.reference_score:.2f}, "
+                f"{e.reference.words}; slopes {tried} -->"
+            )
+
+
+def main() -> None:
+    """Print the tables as Markdown."""
+    volume, model = scan_and_net()
+    _every_layer(volume, model)
+    print()
+    _automatic(volume, model)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main() -> None:
     print("| block | cells | first centre + i * jump | method | score | naive | exact |")
     print("|---|---|---|---|---|---|---|")
     for alias in model.aliases:
-        for method in ("hirescam", "integrated"):
+        for method in ("secant", "integrated", "hirescam"):
             e = mg.explain(volume, model, layer=alias, method=method)
             cells = "x".join(str(n) for n in e.grid.shape)
             where = f"{e.cells.start[0]:g} + {e.cells.jump[0]:g} i"

@@ -12,6 +12,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Cancelled": "errors",
+    "Checkup": "checkup.report",
+    "CohortConcepts": "channels",
+    "Concepts": "channels",
     "Explanation": "explanation",
     "Geometry": "geometry",
     "Heatmap": "maps",
@@ -23,8 +26,12 @@ _HOME = {
     "Step": "progress",
     "Target": "target",
     "Volume": "volume",
+    "concepts": "channels",
+    "concepts_of": "channels",
+    "doctor": "checkup.report",
     "draw": "maps",
     "explain": "engine",
+    "explain_many": "engine",
     "inspect": "inspection",
     "load_model": "loading",
     "project": "projection",
@@ -36,8 +43,15 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from med_gradcam.channels import CohortConcepts as CohortConcepts
+    from med_gradcam.channels import Concepts as Concepts
+    from med_gradcam.channels import concepts as concepts
+    from med_gradcam.channels import concepts_of as concepts_of
+    from med_gradcam.checkup.report import Checkup as Checkup
+    from med_gradcam.checkup.report import doctor as doctor
     from med_gradcam.delivery import write as write
     from med_gradcam.engine import explain as explain
+    from med_gradcam.engine import explain_many as explain_many
     from med_gradcam.errors import Cancelled as Cancelled
     from med_gradcam.errors import MedGradcamError as MedGradcamError
     from med_gradcam.explanation import Explanation as Explanation

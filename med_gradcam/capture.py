@@ -6,14 +6,17 @@ gradients (and their memory) exist only after it. For one layer that costs one p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from med_gradcam.errors import CannotExplainError
-from med_gradcam.tail import INPUT, Recorded, Score, Tail, no_gradient
+from med_gradcam.explanation import Cells
+from med_gradcam.secant.pair import Shared
+from med_gradcam.tail import INPUT, Recorded, Score, Tail, no_gradient, slopes
 
 # Channel means of the gradient below this share of its mean size are rounding noise: behind an
 # InstanceNorm they are analytically zero (measured: 1e-8 in float32, 1e-17 in float64).
@@ -30,7 +33,9 @@ class Capture:
     forward and, with a gradient, a backward of about the same price, weights being frozen) and
     `forwards` how many predictions of the whole network were made. At the layer `@input` the
     activation is the network's input itself. `reference_input` is (1, C, I, J, K) or None; `beside`
-    is a second capture of the case, at a layer, for methods at the input that need one (BESIDE).
+    is a second capture of the case, at a layer, for methods at the input that need one (BESIDE);
+    `cells` says where the cells lie, once that is known; `shared` is the score's change from the
+    reference as `secant` shares it out.
     """
 
     layer: str
@@ -45,12 +50,28 @@ class Capture:
     forwards: float = field(default=0.0)
     reference_input: torch.Tensor | None = None
     beside: Capture | None = None
+    cells: Cells | None = None
+    shared: Shared | None = None
     seed: int = 0
+
+    @property
+    def passed_by(self) -> bool:
+        """Whether a path is known to lead past the layer."""
+        return self.shared is not None and self.shared.past[self.layer]
 
     @property
     def input(self) -> torch.Tensor:
         """The network's input (1, C, I, J, K)."""
         return self.tail.x
+
+    @property
+    def beside_cells(self) -> Cells | None:
+        """Where the cells of the capture beside this one lie."""
+        return None if self.beside is None else self.beside.cells
+
+    def sensitivity(self) -> torch.Tensor:
+        """What the score owes to the activation (C, i, j, k): secant multipliers, or gradient."""
+        return self.gradient() if self.shared is None else self.shared.multipliers[self.layer][0]
 
     def gradient(self) -> torch.Tensor:
         """The gradient d score / d activation at the case, shape (C, i, j, k)."""
@@ -95,54 +116,101 @@ def capture(
 ) -> tuple[Any, Capture]:
     """The raw output and the capture of one layer, gradient included, for one prediction's price.
 
-    `choose` turns the raw output into the target (the predicted class is known only then). The
-    tail of this capture holds no memory: it can only be run with `record`.
+    `x` is (1, C, I, J, K); `choose` turns the raw output into the target (the predicted class is
+    known only then). The tail of this capture holds no memory: it can only be run with `record`.
 
     Raises:
         CannotExplainError: the layer never ran, ran twice, has no places or a zero gradient.
     """
-    leaves: list[torch.Tensor] = []
+    output, found = capture_all(net, [layer], x, lambda out: [[choose(out)]])
+    return output, found[0][0][layer]
 
-    def reroot(module: torch.nn.Module, inputs: Any, output: Any) -> torch.Tensor:
-        del module, inputs
-        if not isinstance(output, torch.Tensor) or output.ndim != 5 or leaves:
+
+def capture_all(
+    net: torch.nn.Module,
+    layers: Sequence[str],
+    x: torch.Tensor,
+    choose: Callable[[Any], Sequence[Sequence[Score]]],
+) -> tuple[Any, list[list[dict[str, Capture]]]]:
+    """Several layers, targets and scans (n, C, I, J, K) from one forward.
+
+    `choose` gives each scan's targets, from the raw output of all; the result holds, for each scan
+    and target, one capture per layer. The graph begins at the first of the layers; each target
+    costs one backward from there.
+
+    Raises:
+        CannotExplainError: as for `capture`.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in layers:
+            hooks.callback(_watched(net, layer, seen).remove)
+        output = net(x.clone())  # which may work in place on it
+        for layer in layers:
+            if layer not in seen:
+                raise CannotExplainError("never ran", f"the layer {layer!r} never ran.")
+        wanted = choose(output)
+        found: list[list[dict[str, Capture]]] = [[] for _ in wanted]
+        for turn in range(max(len(targets) for targets in wanted)):
+            targets = [row[min(turn, len(row) - 1)] for row in wanted]
+            scores, gradients = _gradients(output, targets, seen, len(x))
+            for item, row in enumerate(wanted):
+                if turn < len(row):
+                    found[item].append(
+                        {
+                            layer: Capture(
+                                layer,
+                                seen[layer].detach()[item],
+                                row[turn],
+                                float(scores[item]),
+                                Tail(net, layer, x[item : item + 1], ()),
+                                known_gradient=gradients[layer][item],
+                            )
+                            for layer in layers
+                        }
+                    )
+    return output, found
+
+
+def _watched(net: torch.nn.Module, layer: str, seen: dict[str, torch.Tensor]) -> Any:
+    """A hook that begins the graph at a layer, or notes the layer within the graph."""
+
+    def reroot(output: Any) -> torch.Tensor:
+        if not isinstance(output, torch.Tensor) or output.ndim != 5 or layer in seen:
             raise CannotExplainError(
                 "logits",
                 f"expected the layer {layer!r} to run once and put out (1, C, i, j, k), "
                 f"it did not; choose another layer.",
             )
         torch.set_grad_enabled(True)  # the surrounding no_grad() takes it back at its end
-        leaf = output.detach()
-        leaf.requires_grad = True
-        leaves.append(leaf)
+        leaf = output
+        if not output.requires_grad:
+            leaf = output.detach()
+            leaf.requires_grad = True
+        seen[layer] = leaf
         return leaf.clone()  # what follows may work in place
 
     if layer == INPUT:
-        handle = net.register_forward_pre_hook(lambda m, inputs: reroot(m, (), inputs[0]))
-    else:
-        handle = net.get_submodule(layer).register_forward_hook(reroot, prepend=True)
-    try:
-        with torch.no_grad():
-            output = net(x.clone())  # which may work in place on it
-            if not leaves:
-                raise CannotExplainError("never ran", f"the layer {layer!r} never ran.")
-            target = choose(output)
-            with torch.enable_grad():
-                score = target(output)
-            if not score.requires_grad:
-                raise CannotExplainError("zero gradient", no_gradient(layer))
-            (gradient,) = torch.autograd.grad(score.sum(), leaves[0])
-    finally:
-        handle.remove()
-    found = Capture(
-        layer,
-        leaves[0].detach()[0],
-        target,
-        float(score.detach()[0]),
-        Tail(net, layer, x, ()),
-        known_gradient=gradient[0],
-    )
-    return output, found
+        return net.register_forward_pre_hook(lambda _, inputs: (reroot(inputs[0]), *inputs[1:]))
+    module = net.get_submodule(layer)
+    return module.register_forward_hook(lambda _, __, output: reroot(output), prepend=True)
+
+
+def _gradients(
+    output: Any, targets: Sequence[Score], seen: dict[str, torch.Tensor], count: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Scores (n,) of one target per scan, and the gradients of their sum at each layer."""
+    with torch.enable_grad():
+        rows = {id(target): target(output) for target in targets}
+        score = torch.stack([rows[id(target)][n] for n, target in enumerate(targets)])
+    if not score.requires_grad:
+        raise CannotExplainError("zero gradient", no_gradient(next(iter(seen))))
+    found = slopes(score.sum(), list(seen.values()))
+    if len(score) != count:
+        raise CannotExplainError(
+            "output", f"expected one score per scan ({count}), got {len(score)}."
+        )
+    return score.detach(), dict(zip(seen, found, strict=True))
 
 
 def captures(recorded: Recorded, target: Score, reference: Recorded | None) -> dict[str, Capture]:
@@ -181,10 +249,11 @@ def check_norm_trap(capture_: Capture, *, feeds_norm: bool) -> None:
         CannotExplainError: the layer feeds straight into a norm, or its channel-mean gradients are
             rounding noise.
     """
-    gradient = capture_.gradient()
+    gradient = capture_.sensitivity()
     size = float(gradient.double().abs().mean(dim=(1, 2, 3)).max())
     mean = float(gradient.double().mean(dim=(1, 2, 3)).abs().max())
-    if feeds_norm or (size > 0 and gradient[0].numel() > 1 and mean / size < NORM_TRAP):
+    at_case = capture_.shared is None  # the multipliers of a pair have a mean behind a norm, too
+    if feeds_norm or (at_case and size > 0 and gradient[0].numel() > 1 and mean / size < NORM_TRAP):
         raise CannotExplainError(
             "norm trap",
             f"the layer {capture_.layer!r} feeds straight into an Instance, Group or LayerNorm, "
@@ -200,13 +269,15 @@ def check_signal(capture_: Capture) -> None:
     Raises:
         CannotExplainError: with the reason.
     """
-    for what, tensor in (("activation", capture_.activation), ("gradient", capture_.gradient())):
+    for what, tensor in (("activation", capture_.activation), ("gradient", capture_.sensitivity())):
         if not bool(torch.isfinite(tensor).all()):
             raise CannotExplainError(
                 "not finite",
                 f"the {what} of the layer {capture_.layer!r} holds NaN or infinite values for "
                 f"this scan; check the network's weights and the intensity steps.",
             )
+    if capture_.shared is not None:
+        return  # a score that is that of its reference has none, which is no fault
     if float(capture_.gradient().abs().max()) == 0.0 and not _wakes(capture_):
         raise CannotExplainError("zero gradient", no_gradient(capture_.layer))
 

@@ -30,6 +30,14 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="no progress")
     commands_ = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _explain(commands_.add_parser("explain", parents=[common], help="explain one scan"))
+    _concepts(
+        commands_.add_parser("concepts", parents=[common], help="the channels that speak most")
+    )
+    _doctor(
+        commands_.add_parser(
+            "doctor", parents=[common], help="which traps of other tools bite on this network"
+        )
+    )
     demo = commands_.add_parser("demo", parents=[common], help="the whole path on sample scans")
     demo.add_argument("--open", action="store_true", help="open the result in napari")
     _output(demo, required=False)
@@ -50,24 +58,69 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _explain(sub: argparse.ArgumentParser) -> None:
+    _question(sub)
+    add = sub.add_argument
+    add("--formats", help="nifti,png,dicom (default: nifti,png; and dicom for a DICOM scan)")
+    add("--identified", action="store_true", help="allow the patient's identity in the outputs")
+    _output(sub, required=True)
+    _runtime(sub)
+
+
+def _concepts(sub: argparse.ArgumentParser) -> None:
+    _question(sub)
+    sub.add_argument("--most", type=int, default=8, help="channels to list (default: 8)")
+    _runtime(sub)
+
+
+def _doctor(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    add("model", metavar="MODEL", help="model folder, or module:function with --trust code")
+    add("image", metavar="IMAGE", nargs="+", help="the scan to try it on; one file per channel")
+    add("--target", default="auto", metavar="CLASS", help="as in explain")
+    add("--model-output", default="", metavar="PATH", help="as in explain")
+    add("--layer", default="auto", help="the layer of your maps (default: the coarsest one)")
+    add("--reference", default="auto", help="as in explain")
+    add("--at", help="centre of the patch, as in explain")
+    add("--trust", action="append", default=[], choices=["code"])
+    _runtime(sub)
+
+
+def _question(sub: argparse.ArgumentParser) -> None:
+    """What is asked of which model for which scan."""
     add = sub.add_argument
     add("image", metavar="IMAGE", nargs="+", help="NIfTI file or DICOM folder; one per channel")
     add("--model", required=True, help="model folder, or module:function with --trust code")
-    add("--target", default="auto", help="auto, a label, an index, #3 or A-vs-B")
-    add("--layer", default="auto", help="auto, a torch module path or an alias of the model")
-    add("--method", default="integrated", help="see `med-gradcam methods`")
+    add(
+        "--target",
+        default="auto",
+        metavar="CLASS",
+        help="auto, a label, an index, #3, A-vs-B or A-vs-0.6*B; for a segmentation network also "
+        "with a place: CLASS@component:N, CLASS@mask:FILE, CLASS@voxel:ras:X,Y,Z, "
+        "CLASS@box:ras:X,Y,Z:SIZE_MM",
+    )
+    add(
+        "--model-output",
+        default="",
+        metavar="PATH",
+        help="where in the network's output the scores are: logits, [0], a[1].b (default: its "
+        "first tensor)",
+    )
+    add(
+        "--layer",
+        default="auto",
+        help="auto, fused, a module path, an alias, @input, or a cut a+b+c",
+    )
+    add("--method", default="secant", help="see `med-gradcam methods`")
     add(
         "--reference", default="auto", help="auto, tissue, zero, value:X or a scan on the same grid"
     )
     add("--at", help="centre of the patch: ras:X,Y,Z, lps:X,Y,Z (mm) or ijk:I,J,K (voxels)")
     add("--precise", action="store_true", help="sums within 1 %% instead of 5 %%")
-    add("--formats", help="nifti,png,dicom (default: nifti,png; and dicom for a DICOM scan)")
+    add("--quick", action="store_true", help="coarsest layer, untested, no second run: 2 forwards")
+    add("--alignment", default="nominal", choices=["nominal", "measured"], help="of the cells")
     add(
         "--trust", action="append", default=[], choices=["code"], help="allow the model to run code"
     )
-    add("--identified", action="store_true", help="allow the patient's identity in the outputs")
-    _output(sub, required=True)
-    _runtime(sub)
 
 
 def _output(sub: argparse.ArgumentParser, *, required: bool) -> None:

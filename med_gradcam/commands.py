@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed; returns the exit code."""
     table: dict[str, Callable[[argparse.Namespace], int]] = {
         "explain": _explain,
+        "concepts": _concepts,
+        "doctor": _doctor,
         "demo": _demo,
         "inspect": _inspect,
         "methods": _list,
@@ -48,8 +50,6 @@ def tell(text: str) -> None:
 
 def _explain(args: argparse.Namespace) -> int:
     from med_gradcam import delivery, loading
-    from med_gradcam.geometry import point_words, side_words
-    from med_gradcam.prepare import parse_point
 
     delivery.check_output(Path(args.output), overwrite=args.overwrite)
     if args.formats is not None:  # a wrong name costs no prediction
@@ -58,9 +58,7 @@ def _explain(args: argparse.Namespace) -> int:
     volume = loading.read(args.image)
     if args.formats is not None:
         delivery.check_formats(_split(args.formats), volume)
-    if args.at is not None:
-        point = parse_point(args.at, volume.grid)
-        tell(f"looking at {point_words(point)}, {side_words(point)}")
+    _tell_point(volume, args.at)
     explanation = explain_case(volume, model, args)
     folder = _deliver(explanation, volume, args)
     if args.json:
@@ -73,29 +71,47 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tell_point(volume: Volume, at: str | None) -> None:
+    """The centre of the patch with letters, before the network runs."""
+    if at is None:
+        return
+    from med_gradcam.geometry import point_words, side_words
+    from med_gradcam.prepare import parse_point
+
+    point = parse_point(at, volume.grid)
+    tell(f"looking at {point_words(point)}, {side_words(point)}")
+
+
 def explain_case(volume: Volume, model: Model, args: argparse.Namespace) -> Explanation:
     """One explanation with the settings of a command line, under a progress bar."""
-    from med_gradcam import engine, loading
+    from med_gradcam import engine
+
+    with progress_bar(quiet=args.quiet) as progress:
+        return engine.explain(volume, model, progress=progress, **settings(args))
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of explain() that a command line gives; those it has no word for by default."""
+    from med_gradcam import loading
 
     reference: str | Volume = getattr(args, "reference", "auto")
     words = ("auto", "tissue", "zero")
     if isinstance(reference, str) and reference not in words and Path(reference).exists():
         reference = loading.read(reference)
-    with progress_bar(quiet=args.quiet) as progress:
-        return engine.explain(
-            volume,
-            model,
-            target=getattr(args, "target", "auto"),
-            layer=getattr(args, "layer", "auto"),
-            method=getattr(args, "method", "integrated"),
-            reference=reference,
-            at=getattr(args, "at", None),
-            precise=getattr(args, "precise", False),
-            device=_device(args.device),
-            threads=args.threads,
-            seed=args.seed,
-            progress=progress,
-        )
+    return {
+        "target": getattr(args, "target", "auto"),
+        "output": getattr(args, "model_output", ""),
+        "layer": getattr(args, "layer", "auto"),
+        "method": getattr(args, "method", "secant"),
+        "reference": reference,
+        "at": getattr(args, "at", None),
+        "precise": getattr(args, "precise", False),
+        "quick": getattr(args, "quick", False),
+        "alignment": getattr(args, "alignment", "nominal"),
+        "device": _device(args.device),
+        "threads": args.threads,
+        "seed": args.seed,
+    }
 
 
 def _device(wish: str) -> str:
@@ -156,8 +172,10 @@ def notes(e: Explanation) -> list[str]:
     from med_gradcam.maps import draw
     from med_gradcam.summary import peaks
 
-    words = {"for": "raises", "against": "lowers"}
-    lines = [
+    words = dict(zip(("for", "against"), e.target.words, strict=True))
+    scored = "output" if e.target.words[0].startswith("pulls") else "score"
+    lines = [f"{e.target.label}: {e.target.about}"] if e.target.about else []
+    lines += [
         f"{e.unit} relative to {e.reference.words}; {STATUS_WORDS[e.status]}; "
         f"cost {e.cost_in_forwards:g} forwards",
         "cells "
@@ -165,7 +183,7 @@ def notes(e: Explanation) -> list[str]:
         + f" mm ({e.cells.how}); nothing under {e.smallest_localisable_mm:.0f} mm is told apart",
     ]
     lines += [
-        f"{words[peak.polarity]} the model's score most at {peak.words} ({peak.side}), "
+        f"{words[peak.polarity]} the model's {scored} most at {peak.words} ({peak.side}), "
         f"{peak.per_ml:.3g} {e.unit} per mL"
         for peak in peaks(e, draw(e), most=1)
     ]
@@ -202,6 +220,41 @@ def progress_bar(*, quiet: bool) -> Iterator[Progress]:
 
 def _no_progress(step: Step) -> None:
     del step
+
+
+# ------------------------------------------------------------------------- concepts, doctor
+
+
+def _concepts(args: argparse.Namespace) -> int:
+    from med_gradcam import channel_table, channels, loading
+
+    model = loading.load_model(args.model, args.trust)
+    volume = loading.read(args.image)
+    _tell_point(volume, args.at)
+    with progress_bar(quiet=args.quiet) as progress:
+        found = channels.concepts(
+            volume, model, most=args.most, progress=progress, **settings(args)
+        )
+    if args.json:
+        say(json.dumps(channel_table.as_record(found), indent=1))
+    else:
+        say(channel_table.as_text(found))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from med_gradcam import loading
+    from med_gradcam.checkup import report
+
+    model = loading.load_model(args.model, args.trust)
+    volume = loading.read(args.image)
+    _tell_point(volume, args.at)
+    given = settings(args)
+    given.pop("method")
+    with progress_bar(quiet=args.quiet) as progress:
+        found = report.doctor(model, volume, progress=progress, **given)
+    say(json.dumps(report.as_record(found), indent=1) if args.json else report.as_text(found))
+    return 0
 
 
 # -------------------------------------------------------------------------------------- demo

@@ -22,6 +22,23 @@ STATUS_WORDS: dict[str, str] = {
     "not_a_cut": "part of the score flows past this layer: the map leaves that part out",
     "no_sum": "this method does not promise a sum",
 }
+Notice = Literal[
+    "no_positive_evidence",
+    "no_negative_evidence",
+    "balanced_by_construction",
+    "saturated",
+    "like_reference",
+]
+NOTICE_WORDS: dict[str, str] = {
+    "no_positive_evidence": "no positive evidence: nothing in this scan raises the score",
+    "no_negative_evidence": "no negative evidence: nothing in this scan lowers the score",
+    "balanced_by_construction": (
+        "for equals against by construction: a normalisation behind the layer makes this method's "
+        "sum zero whatever the score; only where they lie says something"
+    ),
+    "saturated": "saturated: at this scan the score no longer moves with the layer",
+    "like_reference": "the model's score is that of the reference: nothing raises or lowers it",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +59,16 @@ class Cells:
     """How a layer's cells lie on the network's voxels: centre of cell i = start + i * jump.
 
     `jump`, `start` and `receptive_field` in network voxels along the network's axes; `how`:
-    exact (recursion, checked by a probe), measured (probe only) or assumed.
+    exact (recursion, checked by a probe), measured (where the network was seen to look) or assumed.
+    `uncertainty_voxels`: how far apart the answers lie, per axis: branches that meet, recursion
+    and probe, or nominal and measured place; None where they agree or there is but one.
     """
 
     jump: tuple[float, float, float]
     start: tuple[float, float, float]
     receptive_field: tuple[float, float, float]
     how: How
+    uncertainty_voxels: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +95,27 @@ class LayerTrial:
     refused: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One layer of a cut of several: what it carries of the score's change.
+
+    `net` in the target's unit; `jump` its cells' distance in network voxels.
+    """
+
+    layer: str
+    net: float
+    jump: tuple[float, float, float]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Explanation:
     """Signed evidence (i, j, k) float32 per cell of `layer`, in the target's unit (log-odds).
 
     `grid`: where the cells lie (the network's axes); `image`: the scan's own grid; `score` and
     `reference_score` of the model; `bypassed`: the share of their difference that does not pass
-    through the layer. Positive cells raise the model's score, negative ones lower it.
+    through the layer. Positive cells raise the model's score, negative ones lower it. `parts`: the
+    layers of a cut of several, whose maps are added on the finest one's cells; `notices`: what is
+    easily misread in a picture of this map.
 
     Raises:
         InputError: evidence or score is not finite, or the evidence is not on its grid.
@@ -106,6 +140,8 @@ class Explanation:
     regions: tuple[Region, ...] = ()
     trials: tuple[LayerTrial, ...] = ()
     warnings: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    notices: tuple[Notice, ...] = ()
 
     def __post_init__(self) -> None:
         evidence = np.array(self.evidence, dtype=np.float32)
@@ -120,6 +156,9 @@ class Explanation:
             )
         if self.status not in STATUS_WORDS:
             raise InputError(f"expected a status of {list(STATUS_WORDS)}, got {self.status!r}.")
+        unknown = [notice for notice in self.notices if notice not in NOTICE_WORDS]
+        if unknown:
+            raise InputError(f"expected notices of {list(NOTICE_WORDS)}, got {unknown[0]!r}.")
         for name in ("score", "reference_score"):
             value = getattr(self, name)
             if value is not None and not np.isfinite(value):

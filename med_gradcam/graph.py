@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from med_gradcam.receptive import RULES, SCRAMBLE, Lattice
+from med_gradcam.errors import MedGradcamError
+from med_gradcam.outputs import first_tensor
+from med_gradcam.receptive import Lattice, follow, lattice, of_input
 
 _NORMS = ("instance_norm", "group_norm", "layer_norm", "rms_norm")
 _PASSED_ON = (
@@ -53,10 +55,14 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """All layers with a 5-D output, in the order in which they finished, and the whole work."""
+    """All layers with a 5-D output, in the order in which they finished, and the whole work.
+
+    `norms`: whether Instance, Group or Layer norms were met.
+    """
 
     layers: tuple[LayerInfo, ...]
     flops: float
+    norms: bool = False
 
     def find(self, name: str) -> LayerInfo | None:
         """The layer of that module path, if its output has places."""
@@ -77,11 +83,11 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 class _Follow(TorchDispatchMode):
-    """Follows lattices through every operation, and counts the work."""
+    """Follows places through every operation, and counts the work."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.lattices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.places: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.flops = 0.0
 
     def __torch_dispatch__(
@@ -94,30 +100,15 @@ class _Follow(TorchDispatchMode):
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         else:  # an operation per value put out
             self.flops += sum(t.numel() for t in _tensors(out))
-        known = [(t, self.lattices[t]) for t in _tensors(args) if t in self.lattices]
+        known = [(t, self.places[t]) for t in _tensors(args) if t in self.places]
         if known:
-            for result in _tensors(out):
-                lattice = self._next(packet, args, known, result)
-                if lattice is not None:
-                    self.lattices[result] = lattice
+            for turn, result in enumerate(_tensors(out)):
+                places = follow(packet, args, known, result, turn)
+                if places is None:
+                    self.places.pop(result, None)  # done in place: what it held before is gone
+                else:
+                    self.places[result] = places
         return out
-
-    def _next(
-        self,
-        packet: Any,
-        args: tuple[Any, ...],
-        known: list[tuple[torch.Tensor, Lattice]],
-        out: torch.Tensor,
-    ) -> Lattice | None:
-        if out.ndim < 4 or packet in SCRAMBLE:
-            return None
-        if packet in RULES:
-            return RULES[packet](known[0][1], args, out)
-        same = [lattice for t, lattice in known if t.ndim > 3 and t.shape[-3:] == out.shape[-3:]]
-        if not same:
-            return None
-        agreed = all(lattice.agreed and lattice.same_place(same[0]) for lattice in same)
-        return Lattice(same[0].axes, agreed)
 
 
 class _Consumers(TorchFunctionMode):
@@ -126,6 +117,7 @@ class _Consumers(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.norms = False
         self.norm: Counter[str] = Counter()
         self.other: Counter[str] = Counter()
 
@@ -141,6 +133,7 @@ class _Consumers(TorchFunctionMode):
         owners = {n for t in _tensors(given) if t in self.owners for n in self.owners[t]}
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        self.norms |= name in _NORMS
         if owners and name in _PASSED_ON and isinstance(out, torch.Tensor):
             self.owners[out] = tuple(owners)
         elif owners and any(True for _ in _tensors(out)):  # asking for a shape consumes nothing
@@ -168,7 +161,7 @@ class _Recorder:
                 name,
                 type(module).__name__,
                 tuple(out.shape[1:]),
-                self.mode.lattices.get(out),
+                lattice(self.mode.places.get(out)),
                 self.mode.flops,
             )
             self.layers.append(info)
@@ -178,8 +171,10 @@ class _Recorder:
         return record
 
 
-def trace(net: torch.nn.Module, shape: Sequence[int]) -> Trace:
+def trace(net: torch.nn.Module, shape: Sequence[int], place: str = "") -> Trace:
     """The layers of `net` for one input of `shape` (C, I, J, K), without computing any value.
+
+    `place`: where in the output the scores are, "" for its first tensor.
 
     The pass runs on shapes alone (meta tensors); networks that cannot do that are run once for
     real on zeros. The network is left as it was.
@@ -197,9 +192,9 @@ def trace(net: torch.nn.Module, shape: Sequence[int]) -> Trace:
 
     try:
         with _attributes_kept(net):  # what a network keeps of this pass has no values
-            return _run(net, *on_meta())
+            return _run(net, on_meta(), place)
     except (RuntimeError, NotImplementedError, TypeError):
-        return _run(net, *for_real())
+        return _run(net, for_real(), place)
 
 
 @contextmanager
@@ -219,7 +214,16 @@ def _attributes_kept(net: torch.nn.Module) -> Iterator[None]:
             (value.extend if isinstance(value, list) else value.update)(copy)
 
 
-def _run(net: torch.nn.Module, x: torch.Tensor, call: Callable[[], Any]) -> Trace:
+def _scores(out: object, place: str) -> torch.Tensor | None:
+    """The tensor that scores are read from; None where it is not there, which pick() tells."""
+    try:
+        return first_tensor(out, place)
+    except MedGradcamError:
+        return None
+
+
+def _run(net: torch.nn.Module, what: tuple[torch.Tensor, Callable[[], Any]], place: str) -> Trace:
+    x, call = what
     recorder = _Recorder(_Follow(), _Consumers())
     handles = [
         module.register_forward_hook(recorder.hook(name))
@@ -228,12 +232,12 @@ def _run(net: torch.nn.Module, x: torch.Tensor, call: Callable[[], Any]) -> Trac
     ]
     try:
         with torch.no_grad(), recorder.mode, recorder.consumers:
-            recorder.mode.lattices[x] = Lattice()
+            recorder.mode.places[x] = of_input(x.shape)
             out = call()
     finally:
         for handle in handles:
             handle.remove()
-    output = next(_tensors(out), None)  # the one that scores are read from
+    output = _scores(out, place)
     counts = Counter(info.name for info in recorder.layers)
     layers = tuple(
         LayerInfo(
@@ -248,4 +252,4 @@ def _run(net: torch.nn.Module, x: torch.Tensor, call: Callable[[], Any]) -> Trac
         )
         for info in recorder.layers
     )
-    return Trace(layers, recorder.mode.flops)
+    return Trace(layers, recorder.mode.flops, recorder.consumers.norms)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from med_gradcam.engine import NORMAL
 from med_gradcam.errors import CannotExplainError, ModelError
 from med_gradcam.geometry import point_words
 from med_gradcam.graph import LayerInfo, Trace, trace
 from med_gradcam.layers import candidates
 from med_gradcam.model import Model
+from med_gradcam.outcome import NORMAL
 from med_gradcam.placement import place
 from med_gradcam.prepare import prepare
 from med_gradcam.running import MISFIT, network_errors
@@ -111,6 +111,7 @@ def _layer(
     return {
         **row,
         "cell_mm": [round(c, 3) for c in cell_mm],
+        "uncertainty_voxels": cells.uncertainty_voxels and list(cells.uncertainty_voxels),
         "first_centre_voxels": [round(c, 3) for c in cells.start],
         "receptive_field_mm": [round(f, 2) for f in field_mm],
         "smallest_localisable_mm": round(2 * max(cell_mm), 2),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,15 +22,77 @@ from med_gradcam.models.python_factory import weights_digest
 from med_gradcam.prepare import Prepared
 from med_gradcam.progress import Progress
 from med_gradcam.provenance import Provenance
-from med_gradcam.target import LINKS
+from med_gradcam.target import LINKS, Target
 from med_gradcam.volume import Volume
+
+# CLASS@mask:FILE and so on; a label may hold an @ of its own.
+_PLACED = re.compile(r"(.+)@(mask|component|voxel|box):(.+)", re.DOTALL)
+_COMPILED = "OptimizedModule"  # what torch.compile returns; by name, its own module loads slowly
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What the caller wants explained, as far as words say it.
+
+    `classes`: auto, a label, an index or A-vs-B; `place`: "", mask, component, voxel or box, and
+    its `where`; or a `mask` of the caller's; or a `function` of theirs; or a ready `target`.
+    """
+
+    classes: str
+    place: str = ""
+    where: str = ""
+    mask: object = None
+    function: Callable[[Any], Any] | None = None
+    target: Target | None = None
+
+    @property
+    def whole(self) -> str:
+        """The words of it, for the record: no name of a file."""
+        if self.target is not None:
+            return self.target.label
+        if self.function is not None:
+            return function_label(self.function)
+        if not self.place:
+            return self.classes
+        where = ":file" if self.place == "mask" else f":{self.where}"
+        return f"{self.classes}@{self.place}{where}"
+
+
+def function_label(function: Callable[[Any], Any]) -> str:
+    """What to call a target function of the caller's: its `label`, or its own name."""
+    named = getattr(function, "label", None) or getattr(function, "__name__", "<lambda>")
+    text = str(named)
+    return "own function" if text == "<lambda>" or not text.isprintable() else text
+
+
+def asked(target: object) -> Asked:
+    """What is meant by the `target` of explain().
+
+    A text or an index, a pair (classes, mask), a function of the raw output, or a Target.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if isinstance(target, Target):
+        return Asked("", target=target)
+    if isinstance(target, tuple) and len(target) == 2:
+        return Asked(str(target[0]), "mask", mask=target[1])
+    if isinstance(target, (str, int, np.integer)) and not isinstance(target, bool):
+        found = _PLACED.fullmatch(str(target))
+        return Asked(str(target)) if found is None else Asked(found[1], found[2], found[3])
+    if callable(target):
+        return Asked("", function=target)
+    raise UsageError(
+        f"expected a target such as auto, a label, an index, A-vs-B, (label, mask) or a function, "
+        f"got {type(target).__name__}."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """The settings of one call of explain()."""
 
-    target: str
+    target: Asked
     layer: str
     method: str
     reference: str | Volume
@@ -38,10 +102,22 @@ class Request:
     threads: int | None
     seed: int
     progress: Progress
+    output: str = ""
+    quick: bool = False
+    alignment: Literal["nominal", "measured"] = "nominal"
 
     def __post_init__(self) -> None:
+        if self.alignment not in ("nominal", "measured"):
+            raise UsageError(
+                f"expected an alignment of nominal or measured, got {self.alignment!r}."
+            )
         if self.seed < 0:
             raise UsageError(f"expected a seed of 0 or more, got {self.seed}.")
+        if not isinstance(self.output, str):
+            raise UsageError(
+                f"expected the place of an output as text such as 'logits' or '[0]', "
+                f"got {type(self.output).__name__}."
+            )
         if not isinstance(self.reference, (str, Volume)):
             raise UsageError(
                 f"expected a reference of auto, tissue, zero, value:X or a Volume, "
@@ -85,12 +161,51 @@ class Request:
             model.net.to(here)
 
 
+def plain(model: object) -> object:
+    """The module inside torch.compile's wrapper; anything else as it is."""
+    if isinstance(model, torch.nn.Module) and type(model).__name__ == _COMPILED:
+        return plain(model.get_submodule("_orig_mod"))
+    return model
+
+
+def _uncompiled(model: Model) -> Model:
+    """A Model without torch.compile's wrapper around its network."""
+    net = plain(model.net)
+    if net is model.net or not isinstance(net, torch.nn.Module):
+        return model
+    aliases = {name: path.removeprefix("_orig_mod.") for name, path in model.aliases.items()}
+    return replace(model, net=net, aliases=aliases)
+
+
+@contextmanager
+def eager(net: torch.nn.Module) -> Iterator[None]:
+    """The network's modules themselves instead of what torch.compile made of them; then as before.
+
+    Compiled code runs no hook and no forward that was exchanged after it was compiled.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in net.modules():
+            own = module.__dict__
+            if own.get("_compiled_call_impl") is not None:
+                before.append((own, "_compiled_call_impl", own["_compiled_call_impl"]))
+                own["_compiled_call_impl"] = None
+            if type(module).__name__ == _COMPILED and "forward" in own:
+                before.append((own, "forward", own["forward"]))
+                own["forward"] = module.get_submodule("_orig_mod").__call__
+        yield
+    finally:
+        for own, name, value in before:
+            own[name] = value
+
+
 def as_model(model: object, image: object, link: str | None) -> Model:
     """A Model as it is, or a bare torch module with as little assumed as possible."""
+    model = plain(model)
     if isinstance(model, Model):
         if link is not None:
             raise UsageError("expected no link beside a Model, which has one of its own.")
-        return model
+        return _uncompiled(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             "expected a plain torch module, got TorchScript, which cannot be explained yet; use "
@@ -174,12 +289,15 @@ def provenance(
         }
     wish = request.reference
     parameters = {
-        "target": request.target,
+        "target": request.target.whole,
+        "output": request.output or None,
         "layer": request.layer,
         "method": request.method,
         "reference": "file" if isinstance(wish, Volume) else wish,
         "at": request.at,
         "precise": request.precise,
+        "quick": request.quick,
+        "alignment": request.alignment,
     }
     first = next(model.net.parameters(), torch.empty(0))
     return Provenance(

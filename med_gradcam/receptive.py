@@ -1,21 +1,22 @@
 """Where do the cells of each layer lie: the rule of every operation that moves places.
 
-Per axis, with k_e = d (k - 1) + 1: start += ((k_e - 1) / 2 - p_left) * jump, then jump *= s for
-convolutions and pools; a transposed convolution divides first. The centre of cell i is
-start + i * jump in voxels of the network's input. Source: Araujo, Norris, Sim, "Computing
-Receptive Fields of CNNs", Distill 2019; half-pixel rules for interpolation.
+The centre of cell i is start + i * jump in voxels of the network's input. Convolutions, pools and
+interpolation are in windows.py; here are views, slices, matrix products and branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-Three = tuple[float, float, float]
+from med_gradcam.places import NEAR, ZERO, Places, Run, Three, joined, met, plus
+from med_gradcam.windows import WINDOWS, Rule
+
 aten = torch.ops.aten
+Known = list[tuple[torch.Tensor, Places]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,35 +27,24 @@ class Axis:
     jump: float = 1.0
     field: float = 1.0
 
-    def window(self, kernel: int, stride: int, left: float, dilation: int = 1) -> Axis:
-        """After a convolution or pool with `left` voxels of padding before the axis."""
-        wide = dilation * (kernel - 1) + 1
-        return Axis(
-            self.start + ((wide - 1) / 2 - left) * self.jump,
-            self.jump * stride,
-            self.field + (wide - 1) * self.jump,
-        )
-
-    def transposed(self, kernel: int, stride: int, left: int, dilation: int = 1) -> Axis:
-        """After a transposed convolution."""
-        wide, jump = dilation * (kernel - 1) + 1, self.jump / stride
-        return Axis(
-            self.start - ((wide - 1) / 2 - left) * jump, jump, self.field + (wide - 1) * jump
-        )
-
-    def resized(self, ratio: float, *, corners: bool) -> Axis:
-        """After interpolation by `ratio` = cells out / cells in (corners: (out-1) / (in-1))."""
-        jump = self.jump / ratio
-        start = self.start if corners else self.start + (1 / ratio - 1) / 2 * self.jump
-        return Axis(start, jump, self.field + self.jump)
-
 
 @dataclass(frozen=True, slots=True)
 class Lattice:
-    """Cells of a layer along three axes; `agreed` is False where branches that meet disagree."""
+    """Cells of a layer along three axes.
+
+    `apart`: how far the branches that meet put a cell from each other, at most, in voxels;
+    `uneven`: how far a cell lies off the even spacing, at most, as neighbours do that were made
+    from one cell.
+    """
 
     axes: tuple[Axis, Axis, Axis] = (Axis(), Axis(), Axis())
-    agreed: bool = True
+    apart: Three = ZERO
+    uneven: Three = ZERO
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the branches that meet here put each cell at the same place."""
+        return max(self.apart) < NEAR
 
     @property
     def jump(self) -> Three:
@@ -74,115 +64,240 @@ class Lattice:
         a, b, c = (x.field for x in self.axes)
         return a, b, c
 
-    def same_place(self, other: Lattice) -> bool:
-        """Whether start and jump agree to 1e-6 voxels."""
-        pairs = zip(self.start + self.jump, other.start + other.jump, strict=True)
-        return all(abs(a - b) < 1e-6 for a, b in pairs)
+
+def of_input(shape: Sequence[int]) -> Places:
+    """The places of the network's input (1, C, I, J, K): each voxel its own."""
+    channels, i, j, k = shape[-4:]
+    runs = (Run(i, (1.0, 0.0, 0.0)), Run(j, (0.0, 1.0, 0.0)), Run(k, (0.0, 0.0, 1.0)))
+    dims = ((), (Run(channels),) if channels > 1 else (), *((run,) for run in runs))
+    return Places(ZERO, dims)
 
 
-def _three(value: Sequence[int], default: Sequence[int] = (1, 1, 1)) -> tuple[int, ...]:
-    numbers = list(value) or list(default)
-    return tuple(int(n) for n in (numbers * 3 if len(numbers) == 1 else numbers))
+def lattice(places: Places | None) -> Lattice | None:
+    """The cells of an output (1, C, i, j, k); None unless its axes are those of the scan.
 
-
-def _axes(lattice: Lattice, change: Callable[[int, Axis], Axis]) -> Lattice:
-    a, b, c = (change(n, axis) for n, axis in enumerate(lattice.axes))
-    return Lattice((a, b, c), lattice.agreed)
-
-
-def _convolution(lattice: Lattice, args: tuple[Any, ...], out: torch.Tensor) -> Lattice:
-    del out
-    kernel, stride, padding, dilation = (
-        tuple(args[1].shape[2:]),
-        _three(args[3]),
-        _three(args[4]),
-        _three(args[5]),
-    )
-
-    def change(n: int, axis: Axis) -> Axis:
-        make = axis.transposed if args[6] else axis.window
-        return make(kernel[n], stride[n], padding[n], dilation[n])
-
-    return _axes(lattice, change)
-
-
-def _pool(lattice: Lattice, args: tuple[Any, ...], out: torch.Tensor) -> Lattice:
-    del out
-    kernel = _three(args[1])
-    stride = _three(args[2] if len(args) > 2 else (), kernel)
-    padding = _three(args[3] if len(args) > 3 else (), (0, 0, 0))
-    return _axes(lattice, lambda n, axis: axis.window(kernel[n], stride[n], padding[n]))
-
-
-def _max_pool(lattice: Lattice, args: tuple[Any, ...], out: torch.Tensor) -> Lattice:
-    if len(args) <= 4:
-        return _pool(lattice, args, out)
-    kernel, dilation = _three(args[1]), _three(args[4])
-    stride, padding = _three(args[2], kernel), _three(args[3])
-    return _axes(
-        lattice, lambda n, axis: axis.window(kernel[n], stride[n], padding[n], dilation[n])
-    )
-
-
-def _shrink(lattice: Lattice, args: tuple[Any, ...], out: torch.Tensor) -> Lattice | None:
-    before, after = args[0].shape[-3:], out.shape[-3:]
-    if any(b % a for b, a in zip(before, after, strict=True)):
+    Channels that stand for different places (patches) count with their mean.
+    """
+    if places is None or len(places.dims) != 5 or places.steps(0):
         return None
-    ratio = [b // a for b, a in zip(before, after, strict=True)]
-    return _axes(lattice, lambda n, axis: axis.window(ratio[n], ratio[n], 0))
+    whole = places.averaged(1, 1)
+    axes, uneven = [], whole.uneven
+    for n in range(3):
+        even = whole.even(2 + n)
+        if even is None:
+            return None
+        step = even.run.step
+        if step[n] < NEAR or any(abs(step[m]) > NEAR for m in range(3) if m != n):
+            return None
+        numbers = whole.start[n] + even.move[n], step[n], whole.field[n]
+        axes.append(Axis(*(round(number, 9) + 0.0 for number in numbers)))
+        uneven = plus(uneven, even.off)
+    return Lattice((axes[0], axes[1], axes[2]), plus(whole.high, whole.low, -1.0), uneven)
 
 
-def _pad(lattice: Lattice, args: tuple[Any, ...], out: torch.Tensor) -> Lattice:
+def follow(
+    packet: Any, args: tuple[Any, ...], known: Known, out: torch.Tensor, turn: int = 0
+) -> Places | None:
+    """The places of result `turn` of one operation, from the operands whose places are known."""
+    if packet in LOST or out.numel() == 0:
+        return None
+    if packet in _JOINS:
+        return _join(packet, args, known, out)
+    if packet not in RULES and packet not in _PARTS:
+        return _elementwise(known, out)
+    first = known[0]
+    if first[0] is not args[1 if packet is aten.addmm else 0]:
+        return None  # weights that follow from the scan
+    if packet in _PARTS:
+        return _part(packet, first, args, out, turn)
+    return RULES[packet](first[1], args, out)
+
+
+# ------------------------------------------------------------------- pieces, views, channels
+
+
+def _pad(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places | None:
+    made: Places | None = places
+    sides = list(args[1])  # torch pads the last dim first
+    for n in range(len(sides) // 2):
+        dim = out.ndim - 1 - n
+        if made is not None and (sides[2 * n] or sides[2 * n + 1]):
+            made = made.sliced(dim, -sides[2 * n], 1, out.shape[dim])
+            made = None if made is None else replace(made, root=None)
+    return made
+
+
+def _slice(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places | None:
+    given = (*args, *[None] * 4)
+    dim = int(given[1] or 0) % out.ndim
+    length = args[0].shape[dim]
+    first, step = int(given[2] or 0), int(args[4]) if len(args) > 4 else 1
+    first = max(0, first + length) if first < 0 else first
+    if (first, step, out.shape[dim]) == (0, 1, length):
+        return places
+    return places.sliced(dim, first, step, out.shape[dim])
+
+
+_PARTS = {aten.select, aten.unbind, aten.split, aten.split_with_sizes, aten.unsafe_split}
+
+
+def _part(
+    packet: Any,
+    whole: tuple[torch.Tensor, Places],
+    args: tuple[Any, ...],
+    out: torch.Tensor,
+    turn: int,
+) -> Places | None:
+    """One index (select, unbind) or one piece (split) along a dim."""
+    tensor, places = whole
+    given = (*args, *[0] * 3)
+    single = packet in (aten.select, aten.unbind)
+    dim = int(given[1] if single else given[2]) % tensor.ndim
+    length = tensor.shape[dim]
+    if packet is aten.select:
+        first = int(given[2]) % length
+    elif packet is aten.unbind:
+        first = turn
+    else:
+        first = turn * given[1] if isinstance(given[1], int) else sum(given[1][:turn])
+    size = 1 if single else out.shape[dim]
+    made = places if size == length else places.sliced(dim, first, 1, size)
+    if made is None or not single:
+        return made
+    return replace(made, dims=made.dims[:dim] + made.dims[dim + 1 :])
+
+
+def _view(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places | None:
+    del args
+    return places.viewed(out.shape)
+
+
+def _unsqueeze(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places:
+    dim = int(args[1]) % out.ndim
+    return replace(places, dims=(*places.dims[:dim], (), *places.dims[dim:]))
+
+
+def _permute(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places:
+    return places.permuted([int(n) % out.ndim for n in args[1]])
+
+
+def _transpose(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places:
+    order = list(range(out.ndim))
+    a, b = (int(n) % out.ndim for n in (args[1:] or (0, -1)))
+    order[a], order[b] = b, a
+    return places.permuted(order)
+
+
+def _expand(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places | None:
+    del args
+    return places.lengthened(out.shape)
+
+
+def _repeat(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places:
     del out
-    sides = list(args[1]) + [0] * 6
-    left = (sides[4], sides[2], sides[0])  # torch pads the last axis first
-    return _axes(
-        lattice, lambda n, axis: Axis(axis.start - left[n] * axis.jump, axis.jump, axis.field)
+    times = list(args[1])
+    dims = ((),) * (len(times) - len(places.dims)) + places.dims
+    longer = tuple((Run(t), *d) if t > 1 else d for t, d in zip(times, dims, strict=True))
+    return replace(places, dims=longer)
+
+
+def _unfold(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places | None:
+    """Windows along a dim, each laid out along a new last dim."""
+    dim = int(args[1]) % len(places.dims)
+    even = places.even(dim)
+    if even is None:
+        return None
+    step, stride = even.run.step, int(args[3])
+    made = places.with_run(
+        dim, Run(out.shape[dim], plus(ZERO, step, stride)), even.move, off=even.off
     )
+    return replace(made, dims=(*made.dims, (Run(out.shape[-1], step),)))
 
 
-def _resize(lattice: Lattice, args: tuple[Any, ...], out: torch.Tensor) -> Lattice:
-    before, after = args[0].shape[-3:], out.shape[-3:]
-    corners = len(args) > 2 and args[2] is True
-
-    def change(n: int, axis: Axis) -> Axis:
-        if corners and after[n] > 1:
-            return axis.resized((after[n] - 1) / max(before[n] - 1, 1), corners=True)
-        return axis.resized(after[n] / before[n], corners=False)
-
-    return _axes(lattice, change)
+def _linear(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places | None:
+    """A matrix product with weights: every index of the last dim goes into each new one."""
+    del args
+    made = places.averaged(len(places.dims) - 1, out.shape[-1])
+    return made if made.axes() == places.axes() else None
 
 
-def _slice(lattice: Lattice, args: tuple[Any, ...], out: torch.Tensor) -> Lattice:
-    dim = int(args[1]) if len(args) > 1 else 0
-    place = (dim % out.ndim) - (out.ndim - 3)
-    first = args[2] if len(args) > 2 and args[2] is not None else 0
-    step = args[4] if len(args) > 4 else 1
-    if place < 0:
-        return lattice
-    first = first + args[0].shape[dim] if first < 0 else first
-    return _axes(
-        lattice,
-        lambda n, axis: (
-            Axis(axis.start + first * axis.jump, axis.jump * step, axis.field)
-            if n == place
-            else axis
-        ),
-    )
+def _reduce(places: Places, args: tuple[Any, ...], out: torch.Tensor) -> Places | None:
+    """A mean, sum or maximum over dims; one over the scan's axes leaves no place."""
+    count = len(places.dims)
+    given = args[1] if len(args) > 1 and args[1] not in (None, [], ()) else range(count)
+    gone = {int(n) % count for n in ([given] if isinstance(given, int) else given)}
+    made = places
+    for dim in gone:
+        made = made.averaged(dim, 1)
+    if made.axes() != places.axes():
+        return None
+    if out.ndim < count:
+        made = replace(made, dims=tuple(d for n, d in enumerate(made.dims) if n not in gone))
+    return made
 
 
-RULES: dict[Any, Callable[[Lattice, tuple[Any, ...], torch.Tensor], Lattice | None]] = {
-    aten.convolution: _convolution,
-    aten.max_pool3d_with_indices: _max_pool,
-    aten.avg_pool3d: _pool,
-    aten._adaptive_avg_pool3d: _shrink,  # noqa: SLF001 - the operation's public name in aten
-    aten.adaptive_max_pool3d: _shrink,
-    aten.constant_pad_nd: _pad,
-    aten.reflection_pad3d: _pad,
-    aten.replication_pad3d: _pad,
-    aten.upsample_nearest3d: _resize,
-    aten.upsample_trilinear3d: _resize,
+# ------------------------------------------------------------------------------- branches
+
+_JOINS = {aten.cat, aten.stack}
+
+
+def _join(packet: Any, args: tuple[Any, ...], known: Known, out: torch.Tensor) -> Places | None:
+    dim = int(args[1]) % out.ndim if len(args) > 1 else 0
+    parts = [places for _, places in known]
+    if packet is aten.stack:
+        parts = [_unsqueeze(part, (None, dim), out) for part in parts]
+    return joined(parts, dim, out.shape[dim])
+
+
+def _elementwise(known: Known, out: torch.Tensor) -> Places | None:
+    """Operands that give every place a value of its own decide; others (gates) are spread."""
+    fitting = []
+    for tensor, places in known:
+        if tensor.ndim <= out.ndim:
+            front = out.ndim - tensor.ndim
+            fitting.append(
+                (
+                    (1,) * front + tuple(tensor.shape),
+                    replace(places, dims=((),) * front + places.dims),
+                )
+            )
+    own = {
+        dim
+        for shape, places in fitting
+        for dim in range(out.ndim)
+        if shape[dim] == out.shape[dim] and places.steps(dim)
+    }
+    whole = [
+        places for shape, places in fitting if all(shape[dim] == out.shape[dim] for dim in own)
+    ]
+    made = met(whole) if own and whole else None
+    return None if made is None else made.lengthened(out.shape)
+
+
+_PADS = [
+    getattr(aten, f"{how}_pad{n}d") for how in ("reflection", "replication") for n in (1, 2, 3)
+]
+RULES: dict[Any, Rule] = {
+    **WINDOWS,
+    **dict.fromkeys((aten.constant_pad_nd, *_PADS), _pad),
     aten.slice: _slice,
+    aten.unsqueeze: _unsqueeze,
+    aten.permute: _permute,
+    aten.expand: _expand,
+    aten.repeat: _repeat,
+    aten.unfold: _unfold,
+    **dict.fromkeys((aten.transpose, aten.t), _transpose),
+    **dict.fromkeys((aten.view, aten._unsafe_view, aten.squeeze), _view),  # noqa: SLF001 - public in aten
+    **dict.fromkeys((aten.mm, aten.addmm, aten.linear), _linear),
+    **dict.fromkeys(
+        (aten.mean, aten.sum, aten.amax, aten.amin, aten.max, aten.min, aten.var, aten.std), _reduce
+    ),
 }
 # Operations that move places about or mix them: the cells behind them are unknown.
-SCRAMBLE = {aten.permute, aten.transpose, aten.roll, aten.flip, aten.t, aten.bmm, aten.mm}
+LOST = {
+    getattr(aten, name)
+    for name in """
+    mv bmm baddbmm roll flip rot90 sort gather index index_select index_put scatter scatter_add
+    cumsum grid_sampler_2d grid_sampler_3d _fft_r2c _fft_c2c _fft_c2r as_strided im2col col2im
+    """.split()
+}

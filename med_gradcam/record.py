@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from med_gradcam.calibration import Calibration, from_case
 from med_gradcam.errors import ImageError
-from med_gradcam.explanation import Cells, Explanation, LayerTrial, Reference, Region
+from med_gradcam.explanation import Cells, Explanation, LayerTrial, Part, Reference, Region
 from med_gradcam.geometry import Geometry
 from med_gradcam.maps import Maps
 from med_gradcam.provenance import Provenance
-from med_gradcam.summary import peaks
-from med_gradcam.target import Target
+from med_gradcam.summary import Peak, peaks
+from med_gradcam.target import Target, TargetRegion
 
 FORMAT = "med-gradcam-explanation/1"
 
@@ -38,7 +38,7 @@ def to_record(explanation: Explanation, maps: Maps | None = None) -> dict[str, A
         "outside_image": None if maps is None else maps.signed.outside_image,
         "coloured_share": None if maps is None else maps.coloured_share,
         "status": e.status,
-        "target": {**asdict(e.target), "index": list(e.target.index)},
+        "target": _target_record(e.target),
         "method": e.method,
         "layer": e.layer,
         "reference": asdict(e.reference),
@@ -48,18 +48,7 @@ def to_record(explanation: Explanation, maps: Maps | None = None) -> dict[str, A
         "receptive_field_mm": list(e.receptive_field_mm),
         "smallest_localisable_mm": e.smallest_localisable_mm,
         "cost_in_forwards": e.cost_in_forwards,
-        "peaks": [
-            {
-                "polarity": p.polarity,
-                "evidence": p.evidence,
-                "per_ml": p.per_ml,
-                "ras_mm": list(p.ras_mm),
-                "lps_mm": list(p.lps_mm),
-                "words": p.words,
-                "side": p.side,
-            }
-            for p in peaks(e, maps)
-        ],
+        "peaks": [_peak_record(p) for p in peaks(e, maps)],
         "verdict": None,
         "regions": [{**asdict(r), "centre_ras_mm": list(r.centre_ras_mm)} for r in e.regions],
         "layer_trials": [asdict(t) for t in e.trials],
@@ -67,6 +56,8 @@ def to_record(explanation: Explanation, maps: Maps | None = None) -> dict[str, A
         "modality": e.modality,
         "cell_grid": _grid_record(e.grid),
         "image_grid": _grid_record(e.image),
+        "parts": [{**asdict(p), "jump": list(p.jump)} for p in e.parts],
+        "notices": list(e.notices),
         "warnings": list(e.warnings),
         "provenance": _provenance_record(e.provenance),
         "notice": "Research use. Not for diagnostic use. Describes the model, not the disease.",
@@ -90,7 +81,12 @@ def from_record(record: Mapping[str, Any], evidence: npt.ArrayLike) -> Explanati
         )
     try:
         return _from_record(record, np.asarray(evidence, dtype=np.float32))
-    except (KeyError, TypeError, ValueError) as error:  # our own errors of values among them
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # our own errors of values among them
         raise ImageError(f"the explanation's record is damaged: {error}.") from error
 
 
@@ -103,7 +99,7 @@ def _from_record(r: Mapping[str, Any], evidence: npt.NDArray[np.float32]) -> Exp
         image=_grid(r["image_grid"]),
         score=r["score"],
         reference_score=r["reference_score"],
-        target=Target(**{**r["target"], "index": tuple(r["target"]["index"])}),
+        target=_target(r["target"]),
         method=r["method"],
         layer=r["layer"],
         reference=Reference(**r["reference"]),
@@ -119,12 +115,59 @@ def _from_record(r: Mapping[str, Any], evidence: npt.NDArray[np.float32]) -> Exp
         ),
         trials=tuple(LayerTrial(**t) for t in r["layer_trials"]),
         warnings=tuple(r["warnings"]),
+        # Results of before 0.2 have neither.
+        parts=tuple(Part(**{**x, "jump": tuple(x["jump"])}) for x in r.get("parts", ())),
+        notices=tuple(r.get("notices", ())),
+    )
+
+
+def _peak_record(p: Peak) -> dict[str, Any]:
+    return {
+        "polarity": p.polarity,
+        "evidence": p.evidence,
+        "per_ml": p.per_ml,
+        "ras_mm": list(p.ras_mm),
+        "lps_mm": list(p.lps_mm),
+        "words": p.words,
+        "side": p.side,
+    }
+
+
+def _target_record(t: Target) -> dict[str, Any]:
+    """A target without what only works in memory: a region's weights, a user's function."""
+    raises, lowers = t.words
+    return {
+        "kind": t.kind,
+        "label": t.label,
+        "index": list(t.index),
+        "link": t.link,
+        "rival_weight": t.rival_weight if len(t.index) == 2 else None,
+        "output": t.output or None,
+        "region": None if t.region is None else asdict(t.region),
+        "words": {"for": raises, "against": lowers},
+    }
+
+
+def _target(record: Mapping[str, Any]) -> Target:
+    """The target of a record; the keys after `link` came later, older files are without."""
+    region, weight = record.get("region"), record.get("rival_weight")
+    return Target(
+        record["kind"],
+        record["label"],
+        tuple(record["index"]),
+        record["link"],
+        1.0 if weight is None else weight,
+        record.get("output") or "",
+        None if region is None else TargetRegion(**region),
     )
 
 
 def _cells(record: Mapping[str, Any]) -> Cells:
     places = {k: tuple(record[k]) for k in ("jump", "start", "receptive_field")}
-    return Cells(**places, how=record["how"])
+    off_by = record.get("uncertainty_voxels")  # results of before have none
+    return Cells(
+        **places, how=record["how"], uncertainty_voxels=None if off_by is None else tuple(off_by)
+    )
 
 
 def _scale(e: Explanation, maps: Maps | None) -> dict[str, Any] | None:

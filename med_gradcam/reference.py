@@ -10,7 +10,7 @@ its kind and value go into the result.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,21 @@ class ReferenceInput:
     raw: Floats
     reference: Reference
     noise: tuple[float, ...]
+
+
+def textured(reference: ReferenceInput, prepared: Prepared, seed: int) -> ReferenceInput:
+    """The same reference with the scan's own noise where it replaces the scan.
+
+    A norm over places divides by the spread of its input, which a constant has none of.
+    """
+    if reference.reference.kind in ("file", "none"):
+        return reference
+    generator = np.random.default_rng(seed)
+    sd = np.array(reference.noise, dtype=np.float32)[:, None, None, None]
+    noise = generator.standard_normal(reference.raw.shape, dtype=np.float32) * sd
+    raw = np.where(reference.raw == prepared.raw, reference.raw, reference.raw + noise)
+    words = f"{reference.reference.words}, with the scan's own noise"
+    return replace(reference, raw=raw, reference=replace(reference.reference, words=words))
 
 
 def check_contrast(prepared: Prepared) -> None:

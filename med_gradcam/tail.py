@@ -203,7 +203,7 @@ class Tail:
             total = self._scored(leaf, score).sum()
             if not total.requires_grad:
                 raise CannotExplainError("zero gradient", no_gradient(self.layer))
-            return torch.autograd.grad(total, leaf)[0]
+            return slopes(total, [leaf])[0]
 
     def _scored(self, activations: torch.Tensor, score: Score) -> torch.Tensor:
         if len(activations) == 1 or self.alone:
@@ -229,6 +229,21 @@ class Tail:
                 return tail
         check_repeats(activations, known, float(whole.scores(activations, score)[0]))
         return whole
+
+
+def slopes(score: torch.Tensor, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of a scalar score; those of float16 in float32, raised above its underflow.
+
+    Behind a mean over 64^3 cells a gradient is weight / 262144, which float16 rounds away.
+    """
+    half = any(leaf.dtype == torch.float16 for leaf in leaves)
+    found: Sequence[torch.Tensor] = ()
+    gain = 1.0
+    for gain in (2.0**12, 2.0**6, 1.0) if half else (1.0,):
+        found = torch.autograd.grad(score * gain, leaves, retain_graph=True, materialize_grads=True)
+        if gain == 1.0 or all(bool(torch.isfinite(g).all()) for g in found):
+            break
+    return [g.float() / gain if half else g for g in found]
 
 
 def check_repeats(activations: torch.Tensor, known: float, found: float) -> None:

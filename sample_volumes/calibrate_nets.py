@@ -80,7 +80,7 @@ def calibrate(name: str) -> list[Calibration]:
         floor = max(floor, LEAST_FLOOR * peak)
         layer = without[0][0]
         count = len(quiet) + len(found)
-        scales.append(Calibration(target, "integrated", layer, peak, floor, count))
+        scales.append(Calibration(target, "secant", layer, peak, floor, count))
         print(f"{name} {alias}: floor {floor:.3g}, peak {peak:.3g} log-odds per mL", flush=True)
         print("   quiet", np.round(sorted(d for _, d in without), 2).tolist())
         print("   found", np.round(sorted(strong), 2).tolist(), flush=True)

@@ -29,7 +29,16 @@ _FENCE = re.compile(
     r"(?P<before>[^\n]*)\n*^```(?P<kind>[^\n]*)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE
 )
 _NOT_RUN = re.compile(r"<!--\s*#?\s*not run\s*-->")
-_OWN_COMMANDS = ("demo", "explain", "inspect", "methods", "models", "formats")
+_OWN_COMMANDS = (
+    "demo",
+    "explain",
+    "inspect",
+    "concepts",
+    "doctor",
+    "methods",
+    "models",
+    "formats",
+)
 
 
 def blocks(text: str, kind: str) -> Iterator[tuple[int, str]]:
@@ -139,7 +148,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_the_index_lists_every_page() -> None:
-    listed = set(re.findall(r"\]\((\w+\.md)\)", read("docs/index.md")))
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", read("docs/index.md")))
     assert listed == {page.name for page in PAGES[1:]} - {"index.md"}
 
 

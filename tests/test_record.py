@@ -48,6 +48,7 @@ changes = st.fixed_dictionaries(
             Cells,
             *[st.tuples(*[st.floats(0.1, 100)] * 3)] * 3,
             st.sampled_from(["exact", "measured", "assumed"]),
+            st.none() | st.tuples(*[st.floats(0, 50)] * 3),
         ),
         "status": st.sampled_from(["complete", "not_converged", "not_a_cut", "no_sum"]),
         "cost_in_forwards": number,

@@ -18,8 +18,9 @@ import torch
 from med_gradcam.capture import Capture
 from med_gradcam.errors import UsageError
 from med_gradcam.methods import Bound, Evidence
+from med_gradcam.tail import INPUT
 
-TITLE = "path-integrated HiResCAM against a reference input; adds up to the score (default)"
+TITLE = "path-integrated HiResCAM against a reference input; adds up to the score"
 SOURCE = (
     "integrated gradients (Sundararajan et al., ICML 2017, arXiv:1703.01365) of the layer, times "
     "activation (HiResCAM, arXiv:2011.08891): the Aumann-Shapley value of each cell"
@@ -87,6 +88,8 @@ def _part(
     at = [(t0 + t1) / 2 + (t1 - t0) / 2 * float(x) for x in _AT]
     weight = [(t1 - t0) / 2 * float(w) for w in _WEIGHT]
     size = max(1, min(NODES, int(BATCH_BYTES / (change.numel() * change.element_size()))))
+    if capture.layer == INPUT:
+        size = 1  # the tail's graph is that of the whole network
     total = torch.zeros(change.shape[1:], dtype=torch.float64, device=change.device)
     for first in range(0, NODES, size):
         chunk = slice(first, first + size)

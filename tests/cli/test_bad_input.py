@@ -170,7 +170,7 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[Path], None], int, str]] = {
         3,
         "a scan of at least",
     ),
-    "segmentation": (spec(layers=LAYERS[:3]), keep, 4, "segmentation network cannot be explained"),
+    "segmentation": (spec(layers=LAYERS[:5]), keep, 3, "expected 2 outputs (quiet, nodule)"),
     "one cell": (
         spec(
             layers=[
@@ -241,7 +241,7 @@ def test_a_factory_that_raises(
         (
             ["--method", "gradcamm"],
             2,
-            "expected a known method, got 'gradcamm'; near ones: gradcam",
+            "expected a known method, got 'gradcamm'; near ones of 25: gradcam",
         ),
         (
             ["--formats", "nifty"],

@@ -61,12 +61,12 @@ def test_aliases_of_the_model_are_the_author_s_choice() -> None:
 
 
 def test_auto_reports_the_trials_and_takes_the_winner() -> None:
-    made = mg.explain(nets.volume(24), _deep(), target=0, reference="value:0.2")
+    made = mg.explain(nets.volume(40), _deep(), target=0, reference="value:0.2", link="none")
     slopes = {t.layer: t.slope for t in made.trials if not t.refused}
     assert list(slopes) == ["s5", "s4", "s3", "s2"]
     off = {name: abs(slope - 1) for name, slope in slopes.items() if slope is not None}
-    assert off[made.layer] <= min(off.values()) + 0.1
-    assert [r.chosen for r in made.regions][:2] == ["top raising", "top lowering"]
+    assert off[made.layer] <= min(off.values()) + 0.05
+    assert [r.chosen for r in made.regions][::2][:2] == ["top raising", "top lowering"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -143,7 +143,7 @@ def test_auto_refuses_when_no_candidate_passes() -> None:
 
 def test_guards_are_what_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted fault: without the trap's guard the same call paints noise."""
-    monkeypatch.setattr("med_gradcam.engine.check_norm_trap", lambda *_a, **_k: None)
+    monkeypatch.setattr("med_gradcam.case.check_norm_trap", lambda *_a, **_k: None)
     made = _explain(nets.made(Trapped), "gradcam")
     honest = _explain(nets.made(Trapped), "hirescam")
     assert 0 < np.abs(made.evidence).max() < 1e-5 * np.abs(honest.evidence).max()

@@ -34,27 +34,56 @@ def case(real_data: Path) -> tuple[mg.Volume, mg.Model]:
 def test_the_probabilities_and_the_sums(case: Any, lesion: str) -> None:
     volume, model = case
     e = mg.explain(volume, model, at=real_ct.at(lesion), layer="block2")
+    assert e.method == "secant"
     assert e.target.label == "nodule"
     assert e.probability == pytest.approx(PROBABILITY[lesion], abs=1e-4)
-    assert e.reference_score is not None
-    assert e.residual is not None
-    difference = e.score - e.reference_score
     assert e.status == "complete"
-    assert abs(e.residual) <= max(0.02, 0.05 * difference)
-    assert e.evidence.sum(dtype=float) == pytest.approx(difference, rel=0.05)
-    exact = mg.explain(volume, model, at=real_ct.at(lesion), layer="block2", precise=True)
-    assert exact.residual is not None
-    assert abs(exact.residual) <= 0.01 * difference
+    assert e.residual == pytest.approx(0, abs=1e-4)  # measured: 6e-6 at most
+    assert e.cost_in_forwards < 3.5
 
 
-@pytest.mark.parametrize("lesion", ["nodule left", "nodule right"])
-def test_the_automatic_layer_finds_the_true_effect(case: Any, lesion: str) -> None:
+@pytest.mark.parametrize("lesion", real_ct.LESIONS)
+def test_the_sums_of_the_integral(case: Any, lesion: str) -> None:
     volume, model = case
-    row = real_ct.measure(volume, model, lesion, "integrated", "auto")
-    assert row.near / row.true >= 0.9
+    for precise, share in ((False, 0.05), (True, 0.01)):
+        e = mg.explain(
+            volume,
+            model,
+            at=real_ct.at(lesion),
+            method="integrated",
+            layer="block2",
+            precise=precise,
+        )
+        assert e.reference_score is not None
+        assert e.residual is not None
+        assert e.status == "complete"
+        assert abs(e.residual) <= max(0.02, share * (e.score - e.reference_score))
+
+
+@pytest.mark.parametrize("lesion", real_ct.LESIONS)
+def test_secant_and_the_integral_agree(case: Any, lesion: str) -> None:
+    volume, model = case
+    a, b = (
+        mg.explain(volume, model, at=real_ct.at(lesion), method=method, layer="block3").evidence
+        for method in ("secant", "integrated")
+    )
+    assert float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) > 0.9  # measured: 0.93, 0.98, 0.99
+
+
+# near / true, measured: 0.93, 1.12, 0.74 and 1.10, 1.06, 1.01
+@pytest.mark.parametrize(
+    ("method", "least", "most"), [("secant", 0.7, 1.2), ("integrated", 0.9, 1.2)]
+)
+@pytest.mark.parametrize("lesion", real_ct.LESIONS)
+def test_the_automatic_layer_finds_the_true_effect(
+    case: Any, lesion: str, method: str, least: float, most: float
+) -> None:
+    volume, model = case
+    row = real_ct.measure(volume, model, lesion, method, "auto")
+    assert least <= row.near / row.true <= most
     assert row.energy_over_chance > 3
     # at the last block, where CAM methods look by default, the same method finds a quarter at most
-    last = real_ct.measure(volume, model, lesion, "integrated", "block4")
+    last = real_ct.measure(volume, model, lesion, method, "block4")
     assert last.near / last.true < 0.3
 
 

@@ -21,8 +21,9 @@ from med_gradcam.prepare import Prepared
 from med_gradcam.reference import ReferenceInput
 
 RADIUS_MM = 8.0
-TEXTURES = 2  # each ball is filled twice, with different noise: 4 balls, 8 forwards
-TIE = 0.1  # slopes this close to each other are a tie
+WIDER = 1.5  # the two top balls also at this many radii: a ball that cuts a finding says little
+TEXTURES = 2  # each ball is filled twice, with different noise: 6 balls, 12 forwards
+TIE = 0.05  # slopes this close to each other are a tie
 
 Scores = Callable[[npt.NDArray[np.float32]], float]
 Values = npt.NDArray[np.float64]
@@ -70,12 +71,21 @@ def radius_for(grid: Geometry, finest: Geometry) -> float:
     return float(min(wanted, min(sides) / 4))
 
 
+@dataclass(frozen=True, slots=True)
+class Ball:
+    """A region to test: why it was chosen, its centre (voxel indices) and its radius in mm."""
+
+    chosen: str
+    centre: tuple[int, int, int]
+    radius_mm: float
+
+
 def pick_regions(
     maps: Sequence[CandidateMap], grid: Geometry, radius: float, seed: int
-) -> list[tuple[str, tuple[int, int, int]]]:
-    """Centres of four balls that do not overlap.
+) -> list[Ball]:
+    """Up to six balls; those around different centres do not overlap, but for the wider ones.
 
-    Where the candidates' mean map raises most and lowers most, and two at random.
+    Where the candidates' mean map raises most and lowers most, each also wider; two at random.
     """
     mean = np.mean(
         [drawing(m.grid, grid).spread(m.evidence) for m in maps], axis=0, dtype=np.float64
@@ -90,7 +100,7 @@ def pick_regions(
     ]
     free[tuple(slice(r, n - r) for r, n in zip(rim, grid.shape, strict=True))] = True
     generator = np.random.default_rng(seed)
-    picked: list[tuple[str, tuple[int, int, int]]] = []
+    picked: list[Ball] = []
     for chosen in ("top raising", "top lowering", "random", "random"):
         if not free.any():
             break
@@ -100,25 +110,26 @@ def pick_regions(
             value = in_ball if chosen == "top raising" else -in_ball
             flat = int(np.where(free, value, -np.inf).argmax())
         i, j, k = (int(n) for n in np.unravel_index(flat, grid.shape))
-        picked.append((chosen, (i, j, k)))
-        free &= ball(grid, (i, j, k), 2 * radius + max(grid.spacing_mm)) == 0
+        radii = [radius] if chosen == "random" else [radius, WIDER * radius]
+        picked += [Ball(chosen, (i, j, k), r) for r in radii]
+        apart = 2 * radius + max(grid.spacing_mm)
+        free &= ball(grid, (i, j, k), apart) == 0
     return picked
 
 
 def effects(
     prepared: Prepared,
     reference: ReferenceInput,
-    centres: Sequence[tuple[int, int, int]],
+    balls: Sequence[Ball],
     score: Scores,
-    radius: float,
     seed: int,
 ) -> list[float]:
     """The mean score (log-odds) when each ball is filled with textured reference tissue."""
     generator = np.random.default_rng(seed)
     sd = np.array(reference.noise, dtype=np.float32)[:, None, None, None]
     without = []
-    for centre in centres:
-        mask = ball(prepared.grid, centre, radius)[None]
+    for one in balls:
+        mask = ball(prepared.grid, one.centre, one.radius_mm)[None]
         found = []
         for _ in range(TEXTURES):
             texture = generator.standard_normal(prepared.raw.shape, dtype=np.float32) * sd
@@ -161,16 +172,15 @@ def choose(
     score, here, least = scores
     radius = radius_for(prepared.grid, maps[-1].grid)
     picked = pick_regions(maps, prepared.grid, radius, seed)
-    centres = [centre for _, centre in picked]
-    true = [here - z for z in effects(prepared, reference, centres, score, radius, seed)]
-    masks = [ball(prepared.grid, centre, radius) for centre in centres]
+    true = [here - z for z in effects(prepared, reference, picked, score, seed)]
+    masks = [ball(prepared.grid, one.centre, one.radius_mm) for one in picked]
     says = {m.layer: [ledger(m, prepared.grid, mask) for mask in masks] for m in maps}
     fitted = {layer: slope_and_r(values, true) for layer, values in says.items()}
     trials = tuple(LayerTrial(layer, slope, r) for layer, (slope, r) in fitted.items())
     winner, note = _winner(fitted, true, least)
     regions = tuple(
-        Region(_point(prepared.grid, centre), radius, chosen, net, effect)
-        for (chosen, centre), net, effect in zip(picked, says[winner], true, strict=True)
+        Region(_point(prepared.grid, one.centre), one.radius_mm, one.chosen, net, effect)
+        for one, net, effect in zip(picked, says[winner], true, strict=True)
     )
     return Choice(
         winner, trials, regions, "; ".join(n for n in (note, _signs(regions, least)) if n)

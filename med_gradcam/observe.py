@@ -1,0 +1,151 @@
+"""How is the network run for one scan, so that a method has what it needs, and no more?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from med_gradcam.capture import Capture, capture, captures, outputs
+from med_gradcam.graph import Trace
+from med_gradcam.secant import pair
+from med_gradcam.secant.rules import NoRuleError
+from med_gradcam.tail import Tail, check_repeats, record
+from med_gradcam.target import Target
+
+Pick = Callable[[Any], Target]
+Picks = Callable[[Any], list[Target]]
+# Share of the score's change that may get lost where the graph says that none can.
+LOST = 1e-3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observed:
+    """One scan at some layers: a capture each, the target, and what it cost in forwards."""
+
+    found: dict[str, Capture]
+    target: Target
+    forwards: float
+
+
+def direct(net: torch.nn.Module, layer: str, x: torch.Tensor, pick: Pick) -> Observed:
+    """One prediction, with the gradient at one layer: for methods that look at the scan alone."""
+    chosen: list[Target] = []
+
+    def choose(output: Any) -> Target:
+        chosen.append(pick(output))
+        return chosen[0]
+
+    _, found = capture(net, layer, x, choose)
+    found.passes = 1.0  # the backward of the tail
+    return Observed({layer: found}, chosen[0], 1.0)
+
+
+def recorded(
+    net: torch.nn.Module,
+    layers: Sequence[str],
+    x: torch.Tensor,
+    reference: torch.Tensor | None,
+    pick: Pick,
+) -> Observed:
+    """Predictions of the scan and the reference that remember what the tails need."""
+    here = record(net, layers, x)
+    target = pick(here.output)
+    again = target(outputs(net, x))  # noise before the layer would hide in what is remembered
+    check_repeats(x, float(target(here.output)[0]), float(again[0]))
+    there = None if reference is None else record(net, layers, reference)
+    return Observed(captures(here, target, there), target, 2.0 if there is None else 3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """How a pair is run: `cut` takes the layers as one cut together; `check` repeats the scan."""
+
+    cut: bool = False
+    check: bool = True
+
+
+def paired(
+    net: torch.nn.Module,
+    layers: Sequence[str],
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    picks: Picks,
+    traced: Trace,
+    how: Pairing = Pairing(),
+) -> list[Observed]:
+    """The scan and the reference written down, and each target's change shared out.
+
+    Raises:
+        NoRuleError: an operation has no rule; another method must take over.
+    """
+    x, reference = inputs
+    chosen: list[Target] = []
+
+    def choose(output: Any) -> list[Target]:
+        if not chosen:
+            # Which target is meant is read from the output; that is no part of the network.
+            with torch.utils._python_dispatch._disable_current_modes():  # noqa: SLF001
+                chosen.extend(picks(output))
+        return chosen
+
+    cases = pair.run_all(net, layers, x, choose, cut=how.cut)
+    again = outputs(net, x) if how.check else None
+    others = pair.run_all(net, layers, reference, choose, cut=how.cut)
+    tails = {name: Tail(net, name, x, ()) for name in layers}
+    forwards = 3.0 if how.check else 2.0
+    made = []
+    for target in chosen:
+        case, other = cases.pop(0), others.pop(0)
+        if how.check:
+            check_repeats(x, float(case.score[0]), float(target(again)[0]))
+        shared = _shared(case, other, layers, cut=how.cut)
+        found = {name: _seen(tail, shared, target, reference) for name, tail in tails.items()}
+        backward = max(traced.tail_share(name) for name in layers)
+        made.append(Observed(found, target, forwards + backward))
+        forwards = 0.0
+    return made
+
+
+def _shared(case: pair.Run, other: pair.Run, layers: Sequence[str], *, cut: bool) -> pair.Shared:
+    """The change shared out at the layers, and checked to be all of it where it must be."""
+    whole = not case.tape.passes_by(layers)
+    shared = pair.share(case, other, layers)
+    sums = {name: float(shared.evidence(name).sum()) for name in layers}
+    complete = [total for name, total in sums.items() if not shared.past[name]]
+    if cut:
+        complete = [sum(sums.values())] if whole else []
+    _check_nothing_lost(shared, complete)
+    return shared
+
+
+def cost(capture: Capture, traced: Trace) -> float:
+    """What a capture's tail and whole runs cost, in forwards."""
+    own = capture.passes * traced.tail_share(capture.layer) + capture.forwards
+    return own if capture.beside is None else own + cost(capture.beside, traced)
+
+
+def _seen(tail: Tail, shared: pair.Shared, target: Target, reference: torch.Tensor) -> Capture:
+    """The capture of a pair at one layer."""
+    case, other = shared.case, shared.reference
+    return Capture(
+        tail.layer,
+        case.activations[tail.layer][0],
+        target,
+        float(case.score[0]),
+        tail,
+        other.activations[tail.layer][0],
+        float(other.score[0]),
+        reference_input=reference,
+        shared=shared,
+    )
+
+
+def _check_nothing_lost(shared: pair.Shared, sums: Sequence[float]) -> None:
+    """Each of these sums must be the score's change."""
+    scores = [float(run.score[0]) for run in (shared.case, shared.reference)]
+    change = scores[0] - scores[1]
+    rounding = 100 * torch.finfo(shared.case.score.dtype).eps * max(*map(abs, scores), 1.0)
+    if any(abs(total - change) > max(LOST * abs(change), rounding) for total in sums):
+        raise NoRuleError("an operation that loses part of the change")
