@@ -172,6 +172,15 @@ def _lerp(given: dict[str, Any]) -> list[Any]:
     return [given["self"] + given["weight"] * (given["end"] - given["self"])]
 
 
+def _log_add_exp(given: dict[str, Any]) -> list[Any]:
+    return [torch.stack(torch.broadcast_tensors(given["self"], given["other"])).logsumexp(0)]
+
+
+def _sum_of_products(given: dict[str, Any]) -> list[Any]:
+    product = (given["batch1"] @ given["batch2"]).sum(0)
+    return [given["beta"] * given["self"] + given["alpha"] * product]
+
+
 def _prelu(given: dict[str, Any]) -> list[Any]:
     """A slope that depends on the input itself."""
     return [given["self"].clamp(min=0) + given["weight"] * given["self"].clamp(max=0)]
@@ -208,6 +217,8 @@ _TABLE: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     "_transformer_encoder_layer_fwd": _encoder_layer,
     "mkldnn_rnn_layer": _lstm_layer,
     "clamp": _clamp,
+    "logaddexp": _log_add_exp,
+    "addbmm": _sum_of_products,
     "lerp": _lerp,
     "_prelu_kernel": _prelu,
     "rrelu_with_noise": _rrelu,

@@ -103,7 +103,7 @@ def spread(pair: Pair, g: Multipliers) -> Multipliers:
     m = torch.zeros_like(centred[0])
     if g[0] is not None:
         of = with_axes(g[0], dims, keep=keep)
-        if "std" in pair.name:
+        if "std" in pair.packet:
             sd = [(v * v).sum(dims, keepdim=True).div(rest).sqrt() for v in centred]
             of = _share(of, sd[0] + sd[1])
         m = of * (centred[0] + centred[1]) / rest
@@ -139,12 +139,14 @@ def amax(pair: Pair, g: Multipliers) -> Multipliers:
     """amax, amin over some axes; max(dim), min(dim) with its places; max() of everything."""
     if g[0] is None:
         return [None]
-    name = pair.case.func.overloadpacket.__name__
-    sign = -1 if "min" in name else 1
+    sign = -1 if "min" in pair.packet else 1
     ndim = len(pair.a[0].shape)
     dims, keep = axes(pair) if len(pair.case.args) > 1 else (list(range(ndim)), False)
     rest = [d for d in range(ndim) if d not in dims]
-    rows = [sign * v.permute(*rest, *dims).flatten(len(rest)) for v in pair.values()]
+    rows = [
+        sign * v.permute([*rest, *dims]).reshape([*(v.shape[d] for d in rest), -1])
+        for v in pair.values()
+    ]
     out = g[0].squeeze(dims) if keep else g[0]
     best = [row.max(-1, keepdim=True) for row in rows]
     m = cross(rows[0], rows[1], (best[0], best[1]), (out.unsqueeze(-1), -1))

@@ -61,6 +61,11 @@ class Pair:
         """The operation's name."""
         return name_of(self.case.func)
 
+    @property
+    def packet(self) -> str:
+        """The operation's bare name."""
+        return str(self.case.func.overloadpacket.__name__)
+
     def counts(self, place: int) -> bool:
         """Whether the tensor argument at a place descends from the layer."""
         return self.a[place].number in self.active
@@ -75,6 +80,14 @@ class Pair:
         if self.a[place].number == NOTHING or not self.a[place].dtype.is_floating_point:
             return a
         return (a + self.b[place].of()) / 2
+
+    def sides(self) -> list[tuple[int | None, Any]]:
+        """The first two arguments: the place among the tensors, or None and the number."""
+        places = {id(seen): n for n, seen in enumerate(self.a)}
+        return [
+            (places[id(arg)], None) if isinstance(arg, Seen) else (None, arg)
+            for arg in self.case.args[:2]
+        ]
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
         """An argument that is no tensor, by its place or name."""
@@ -166,8 +179,8 @@ def added(pair: Pair, g: Multipliers) -> Multipliers:
     alpha = pair.argument(2, "alpha", default=1)
     weights = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}
     found: Multipliers = [None] * len(pair.a)
-    for n, weight in enumerate(weights[pair.case.func.overloadpacket.__name__][: len(pair.a)]):
-        if pair.counts(n):
+    for (n, _), weight in zip(pair.sides(), weights[pair.packet], strict=True):
+        if n is not None and pair.counts(n):
             found[n] = summed_to(g[0] if weight == 1 else g[0] * weight, pair.a[n])
     return found
 
@@ -187,11 +200,13 @@ def product(pair: Pair, g: Multipliers) -> Multipliers:
     """A b, elementwise with broadcasting: each side at the other's mean of case and reference."""
     if g[0] is None:
         return [None] * len(pair.a)
-    if len(pair.a) == 1:  # times a number
-        return [g[0] * pair.argument(1, "other")]
-    return [
-        summed_to(g[0] * pair.mean(1 - n), pair.a[n]) if pair.counts(n) else None for n in (0, 1)
-    ]
+    found: Multipliers = [None] * len(pair.a)
+    sides = pair.sides()
+    for (n, _), (other, number) in (sides, sides[::-1]):
+        if n is not None and pair.counts(n):
+            factor = number if other is None else pair.mean(other)
+            found[n] = summed_to(g[0] * factor, pair.a[n])
+    return found
 
 
 def quotient(pair: Pair, g: Multipliers) -> Multipliers:
@@ -203,18 +218,19 @@ def quotient(pair: Pair, g: Multipliers) -> Multipliers:
     """
     if g[0] is None:
         return [None] * len(pair.a)
-    if len(pair.a) == 1:
-        return [g[0] / pair.argument(1, "other")]
-    found: Multipliers = [None, None]
-    b, b0 = pair.values(1)
-    middle, same = pair.mean(1), (b > 0) == (b0 > 0)
-    if pair.counts(0):
+    found: Multipliers = [None] * len(pair.a)
+    (upper, above), (lower, below) = pair.sides()
+    if lower is None:
+        return [g[0] / below]
+    (b, b0), middle = pair.values(lower), pair.mean(lower)
+    same = (b > 0) == (b0 > 0)
+    if upper is not None and pair.counts(upper):
         m = torch.where(same, g[0] / middle, (g[0] / b + g[0] / b0) / 2)
-        found[0] = summed_to(m, pair.a[0])
-    if pair.counts(1):
-        a, a0 = pair.values(0)
+        found[upper] = summed_to(m, pair.a[upper])
+    if pair.counts(lower):
+        a, a0 = (above, above) if upper is None else pair.values(upper)
         slope = torch.where(same, (a / b + a0 / b0) / 2 / middle, (a + a0) / 2 / b / b0)
-        found[1] = summed_to(-g[0] * slope, pair.a[1])
+        found[lower] = summed_to(-g[0] * slope, pair.a[lower])
     return found
 
 
@@ -260,7 +276,7 @@ def larger(pair: Pair, g: Multipliers) -> Multipliers:
     """maximum(a, b), minimum(a, b): a maximum over a window of two."""
     if g[0] is None:
         return [None] * len(pair.a)
-    sign = -1 if "min" in pair.name else 1
+    sign = -1 if "min" in pair.packet else 1
     a, b = (
         sign * torch.stack(torch.broadcast_tensors(*[one.of() for one in seen]))
         for seen in (pair.a, pair.b)

@@ -172,7 +172,10 @@ def same_values(ours: Entry, other: Entry, case: Tape, reference: Tape) -> None:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or torch.equal(a, b)
+    if a is b or torch.equal(a, b):
+        return True
+    both = a.shape == b.shape and a.is_floating_point()
+    return both and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _differ(a: Any, b: Any) -> bool:

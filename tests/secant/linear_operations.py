@@ -188,11 +188,16 @@ LINEAR: dict[str, list[Case]] = {
     "add": several(
         one(lambda a, b: torch.add(a, b, alpha=-2), FLAT, (3, 1)),
         one(lambda a: a + 3),
+        one(lambda a: torch.add(2.0, a, alpha=3)),
         one(lambda a, b: a + b, FLAT, ()),
         one(lambda a: a + a),
         one(lambda a: aten.add.Scalar(a, 2, 3)),
     ),
-    "sub": several(one(lambda a, b: torch.sub(a, b, alpha=3), (4,), FLAT), one(lambda a: a - 1)),
+    "sub": several(
+        one(lambda a, b: torch.sub(a, b, alpha=3), (4,), FLAT),
+        one(lambda a: a - 1),
+        one(lambda a: torch.sub(2.0, a, alpha=3)),
+    ),
     "rsub": several(
         one(lambda a: 2 - a), one(lambda a, b: torch.rsub(a, b, alpha=2), FLAT, (3, 1))
     ),

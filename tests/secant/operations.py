@@ -116,6 +116,7 @@ PRODUCTS: dict[str, list[Case]] = {
     "mul": several(
         one(lambda a, b: a * b, FLAT, (3, 1)),
         one(lambda a: a * a),
+        one(lambda a: torch.mul(2.0, a)),
         one(lambda a, b: a * b, FLAT, ()),
         one(lambda a, b: (a * MASK) * 2 * b, FLAT, FLAT),
     ),
@@ -123,6 +124,8 @@ PRODUCTS: dict[str, list[Case]] = {
         one(lambda a, b: a / b, FLAT, (3, 1), positive=True),
         one(lambda a, b: a / b, FLAT, ()),
         one(lambda a: 1 / (1 + a * a) + a / torch.full((4,), 3.0) + a / 7),
+        one(lambda a: torch.div(2.0, a)),
+        one(lambda a: torch.div(2.0, a), positive=True),
         one(lambda a: a / a.norm(dim=1, keepdim=True).clamp_min(1e-6)),
     ),
     "mm": one(lambda a, b: a @ b, (3, 4), (4, 2)),
@@ -195,6 +198,7 @@ CHOICES: dict[str, list[Case]] = {
     ),
     "minimum": one(torch.minimum, FLAT, FLAT),
     "amax": several(
+        one(torch.amax, ()),
         one(lambda a: (a + FORBIDDEN).amax(-1)),
         one(lambda a: a.amax((0, -1))),
         one(lambda a: a.amax(1, keepdim=True)),

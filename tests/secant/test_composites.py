@@ -64,6 +64,11 @@ def _cubes(x: torch.Tensor) -> torch.Tensor:
     return (x**3).sum()
 
 
+def _sums_of_products(x: torch.Tensor) -> torch.Tensor:
+    rows = [torch.addbmm(a[:, :4], a[None], a.T[None], beta=2).sum() for a in x]
+    return torch.stack(rows)[:, None]
+
+
 def _products(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([a.prod() for a in x])[:, None]
 
@@ -175,6 +180,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "products": lambda: Function(
         lambda x: x.prod(1) + x.prod(2, keepdim=True).sum(1) + _products(x)
     ),
+    "sums of exponentials and of products": lambda: Function(
+        lambda x: torch.logaddexp(x, x[:, :1] * 200).sum(1)
+        + _sums_of_products(x)
+    ),
+    "by a logarithm": lambda: Function(lambda x: torch.xlogy(x, x.exp())),
     "rounded quotients": lambda: Function(
         lambda x: (3 * x).div(2, rounding_mode="floor")
         + torch.div(5 * x, x.exp(), rounding_mode="trunc")

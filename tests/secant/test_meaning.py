@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -227,6 +228,19 @@ def test_several_scores_of_one_forward_are_as_if_alone() -> None:
         alone = shared(net, SCAN, OTHER, ["first"], partial(_this, score))
         assert torch.equal(found.multipliers["first"], alone.multipliers["first"])
         assert off(found, "first") <= 1e-9
+
+
+def test_threads_do_not_see_each_other() -> None:
+    made_here = {tail: nets.made(nets.TAILS[tail], dtype=torch.float64) for tail in nets.TAILS}
+
+    def evidence(tail: str) -> torch.Tensor:
+        return shared(made_here[tail], SCAN, OTHER, choose=weights(1.0, -1.0)).evidence(INPUT)
+
+    alone = {tail: evidence(tail) for tail in nets.TAILS}
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for tail, found in zip(nets.TAILS, pool.map(evidence, nets.TAILS), strict=True):
+                assert torch.equal(found, alone[tail])
 
 
 def test_layers_asked_for_together_are_as_if_alone() -> None:

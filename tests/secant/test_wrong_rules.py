@@ -180,6 +180,5 @@ def test_a_window_without_its_cross_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
         return rules.over_change(torch.where(a == b, 0.0, share), a, b)
 
     monkeypatch.setattr(reductions, "cross", halves)
-    case = ALL["amax"][0]
-    case_values, reference = pair(case, "the same in part")
-    assert sums(case.function, case_values, reference).off() > BROKEN
+    found = [sums(c.function, *pair(c, "the same in part")).off() for c in ALL["amax"]]
+    assert max(found) > BROKEN
