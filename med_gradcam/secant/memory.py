@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from med_gradcam.secant.tape import NOTHING
+from med_gradcam.secant.tape import NOTHING, where_in_memory
 
 Place = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides, offset
 
@@ -34,6 +34,14 @@ class _Log:
 
     memory: StorageWeakRef
     writes: list[Write] = field(default_factory=list)
+
+
+def _start(tensor: torch.Tensor) -> int | None:
+    """Where a tensor's memory begins: all that most tensors, the weights, are asked for."""
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def place(tensor: torch.Tensor) -> Place:
@@ -73,13 +81,35 @@ def _offsets(where: Place) -> torch.Tensor:
     return at
 
 
-class _Number(weakref.ref[torch.Tensor]):
-    """A tensor's number and how many writes to its memory came before it."""
+def reads_over(given: Sequence[torch.Tensor], target: torch.Tensor) -> bool:
+    """Whether an operation that writes to `target` may read what it has already written there."""
+    others = list(given)
+    del others[next(n for n, tensor in enumerate(others) if tensor is target)]
+    if others:
+        where = address(target)
+        if any(address(tensor) == where for tensor in others):
+            return True
+    return not target.is_contiguous() and _may_repeat(target)
 
-    __slots__ = ("key", "number", "version")
+
+def _may_repeat(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie in one place."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+class _Number(weakref.ref[torch.Tensor]):
+    """A tensor's number, where it lay and how many writes to its memory came before it."""
+
+    __slots__ = ("key", "number", "version", "where")
     key: int
     number: int
     version: int
+    where: Any
 
 
 class Memory:
@@ -87,23 +117,41 @@ class Memory:
 
     def __init__(self) -> None:
         self._numbers: dict[int, _Number] = {}  # by the tensor's id, as long as it lives
+        self._at: dict[int, _Number] = {}  # by the place where its memory begins
         self._logs: dict[int, _Log] = {}
 
     def _forget(self, gone: Any) -> None:
         key: int = gone.key
         if self._numbers.get(key) is gone:
             del self._numbers[key]
+        if gone.where is not None:
+            start: int = gone.where[0]
+            if self._at.get(start) is gone:
+                del self._at[start]
 
     def set(self, tensor: torch.Tensor, number: int) -> None:
         """The tensor holds this value as of now."""
         log = self._logs.get(address(tensor)) if self._logs else None
         one = _Number(tensor, self._forget)
         one.key, one.number, one.version = id(tensor), number, len(log.writes) if log else 0
+        one.where = where_in_memory(tensor)
         self._numbers[one.key] = one
+        if one.where is not None:
+            self._at[one.where[0]] = one
 
-    def find(self, tensor: torch.Tensor) -> tuple[int, Sequence[Write]]:
-        """The value that the tensor was made with, and what was written to its memory since."""
+    def find(self, tensor: torch.Tensor) -> tuple[int | None, Sequence[Write]]:
+        """The value that the tensor was made with, and what was written to its memory since.
+
+        None: another one with a number may lie there (`a.data` is a tensor of its own, and
+        `a.data = b` gives a tensor another one's memory).
+        """
         known = self._numbers.get(id(tensor))
+        if (
+            (_start(tensor) in self._at)
+            if known is None
+            else (known.where != where_in_memory(tensor))
+        ):
+            return None, ()
         log = self._logs.get(address(tensor)) if self._logs else None
         if known is None:
             return NOTHING, log.writes if log else ()
@@ -118,12 +166,12 @@ class Memory:
         self.set(tensor, number)
 
     def other(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The largest tensor with a number in the same memory (`a.data = b` makes such ones)."""
+        """The largest tensor with a number in the same memory."""
         where, found = address(tensor), []
         for known in list(self._numbers.values()):
             one = known()
             if one is not None:
                 torch.Tensor._fix_weakref(one)  # type: ignore[attr-defined]  # noqa: SLF001
-                if address(one) == where:
+                if address(one) == where and known.where == where_in_memory(one):
                     found.append(one)
         return max(found, key=torch.Tensor.numel, default=None)

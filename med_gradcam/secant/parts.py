@@ -21,11 +21,16 @@ def parts_of(func: Any) -> Function:
         NoRuleError: none is known.
     """
     packet = getattr(func, "overloadpacket", None)
-    if packet in _PARTS:
+    schema = func._schema  # noqa: SLF001 - the operation's own description
+    if packet in _PARTS and not any(argument.is_out for argument in schema.arguments):
         return _by_name(func, _PARTS[packet])
+    if schema.is_mutable:
+        raise NoRuleError(
+            f"{name_of(func)}, which here reads what it overwrites or has no form out of place"
+        )
     from torch._decomp import decomposition_table
 
-    if func in decomposition_table and not func._schema.is_mutable:  # noqa: SLF001
+    if func in decomposition_table:
         found: Function = decomposition_table[func]
         return found
     if hasattr(func, "decompose"):

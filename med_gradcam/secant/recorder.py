@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from med_gradcam.secant.memory import Memory, Write, address, overlap, place
+from med_gradcam.secant.memory import Memory, Write, address, overlap, place, reads_over
 from med_gradcam.secant.rules import NoRuleError
 from med_gradcam.secant.table import Kept, needs
 from med_gradcam.secant.tape import NOTHING, Entry, Seen, Tape, aten, put, tensors
@@ -121,11 +121,20 @@ class Recorder(TorchDispatchMode):
         self._memory.set(tensor, number)
         self.tape.roots[name] = number
 
+    def derived(self, tensor: torch.Tensor, source: torch.Tensor) -> None:
+        """A value made of another one, before any layer, by what cannot be written down."""
+        floats = [tensor.is_floating_point()]
+        (number,) = self.tape.step(aten.alias.default, [self.find(source)], floats)
+        self._memory.set(tensor, number)
+
     # ------------------------------------------------------------------ numbers of tensors
 
     def find(self, tensor: torch.Tensor) -> int:
         """The number of a tensor as it is now, also when its memory was written to meanwhile."""
         number, writes = self._memory.find(tensor)
+        if number is None:
+            number = self._by_other_name(tensor)
+            self._memory.set(tensor, number)
         if not writes:
             return number
         here = place(tensor)
@@ -155,8 +164,8 @@ class Recorder(TorchDispatchMode):
         if write.number != NOTHING:
             picked = _constant(at.flatten()[index])
             source.number = self._enter(aten.take.default, [written, picked])
-        constant = NOTHING in (number, source.number)
-        now = self._keep(_constant(tensor)) if constant else None
+        fixed = any(n == NOTHING or n in self.tape.choices for n in (number, source.number))
+        now = self._keep(_constant(tensor)) if fixed else None
         return self._enter(aten.put.default, [old, _constant(index), source], now=now)
 
     def _enter(
@@ -164,7 +173,7 @@ class Recorder(TorchDispatchMode):
     ) -> int:
         """One operation that the network did not call; the number of its result.
 
-        `now`: what is there, where part of it is a constant for the rule to look at.
+        `now`: what is there, where part of it is a constant or a choice for the rule to look at.
         """
         ins = [one.number for one in seen]
         (number,) = self.tape.step(func, ins, [seen[0].dtype.is_floating_point])
@@ -190,6 +199,9 @@ class Recorder(TorchDispatchMode):
             return self._in_place(func, args, kwargs, (given, ins))
         out = func(*args, **kwargs)
         if traits.shape_only or not ins or max(ins) == NOTHING:
+            return out
+        if func is aten.as_strided.default:  # a view that may look beyond what its argument holds
+            self._memory.set(out, self._by_other_name(out))
             return out
         made = [out] if isinstance(out, torch.Tensor) else tensors((out,))
         outs = self._note(func, self._draft(func, args, kwargs, ins), ins, made)
@@ -271,14 +283,20 @@ class Recorder(TorchDispatchMode):
             _blank(draft[2], [id(tensor) in written for tensor in given])
         for target in targets:
             self._part(target)
+        check = None
+        if draft is not None and traits.plain is not None and reads_over(given, targets[0]):
+            check = _elsewhere(func, args, kwargs)
         out = func(*args, **kwargs)
+        done = traits.plain or func
+        if check is not None and draft is not None and not _close(targets[0], check):
+            done, draft = func, (*draft[:3], None)
         if was_known and max(ins) == NOTHING:  # overwritten with a constant
             self._memory.write(targets[0], NOTHING)
         elif was_known:
             made = tensors((out,))
             put_out = {id(tensor) for tensor in made}
             made += [tensor for tensor in targets if id(tensor) not in put_out]
-            outs = self._note(traits.plain or func, draft, ins, made)
+            outs = self._note(done, draft, ins, made)
             for tensor, number in zip(made, outs, strict=True):
                 (self._memory.write if id(tensor) in written else self._memory.set)(tensor, number)
         return out
@@ -295,8 +313,8 @@ class Recorder(TorchDispatchMode):
         """What was kept of this memory becomes a copy of its own."""
         for reference in self._kept.pop(address(target), ()):
             seen = reference()
-            if seen is not None and seen.value is not None:
-                seen.value = seen.value.clone()
+            if seen is not None and seen.value is not None and not seen.moved:
+                seen.keep(seen.value.clone())
 
 
 class _BesideDynamo(Recorder):
@@ -323,11 +341,30 @@ def _targets(traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return tensors(args[n] if n < len(args) else kwargs.get(name) for n, name in places)
 
 
+def _elsewhere(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """What an operation writes where its arguments share no memory."""
+
+    def apart(value: Any) -> Any:
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = put(args, apart), {name: put(value, apart) for name, value in kwargs.items()}
+    func(*args, **kwargs)
+    return _targets(_traits(func), args, kwargs)[0]
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    share = 1e3 * torch.finfo(a.dtype).eps
+    size = share * float(b.abs().nan_to_num(0.0, 0.0, 0.0).mean())
+    return torch.allclose(a, b, rtol=share, atol=size, equal_nan=True)
+
+
 def _blank(seen: Sequence[Seen], written: Sequence[bool]) -> None:
     """What was in a buffer before it is overwritten counts for nothing."""
     for one, is_written in zip(seen, written, strict=True):
         if is_written and one.number == NOTHING:
-            one.value = None
+            one.keep(None)
 
 
 def _constant(tensor: torch.Tensor) -> Seen:

@@ -20,7 +20,7 @@ may get other multipliers (compare AttnLRP, arXiv:2402.05602).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,19 @@ FROM_OUTSIDE = (
 )
 
 
+def outside(name: str) -> str:
+    """The message for an operation where change came in by another way than the input."""
+    return f"{name} {FROM_OUTSIDE}"
+
+
+def chosen(choice: str, name: str) -> str:
+    """The message for an operation that takes in what an operation before it has chosen."""
+    return (
+        f"{choice}, whose result (a mask, a place or the like) is not the same for scan "
+        f"and reference and goes into {name}"
+    )
+
+
 class NoRuleError(Exception):
     """An operation whose change cannot be shared out; the message names it."""
 
@@ -50,6 +63,7 @@ class Pair:
     case: Entry
     reference: Entry
     active: Collection[int]
+    choices: Mapping[int, str] = field(default_factory=dict)
     a: tuple[Seen, ...] = field(init=False)
     b: tuple[Seen, ...] = field(init=False)
 
@@ -141,18 +155,58 @@ def ordered(pair: Pair, g: Multipliers) -> Multipliers:
     return linear(pair, g)
 
 
-def placed(pair: Pair, g: Multipliers) -> Multipliers:
-    """Values put into places of a tensor; what is constant of the two must not have changed.
+def placed(pair: Pair, g: Multipliers) -> Multipliers | None:
+    """Values put into places of a tensor; what is fixed of the two must not have changed.
 
-    Only where it counts: a new buffer holds whatever was in its memory until it is filled.
+    Fixed are constants and what a choice has made. Only where it counts: a new buffer holds
+    whatever was in its memory until it is filled.
     """
     if pair.case.kept and g[0] is not None:
         (a,), (b,) = ((seen.of().flatten() for seen in e.kept) for e in (pair.case, pair.reference))
-        constant = torch.full_like(a, pair.a[0].number == NOTHING, dtype=torch.bool)
-        constant[pair.a[1].of()] = pair.a[2].number == NOTHING
-        if bool((constant & (g[0].flatten() != 0) & (a != b)).any()):
-            raise NoRuleError(f"{pair.name} {FROM_OUTSIDE}")
-    return linear(pair, g)
+        changed = (g[0].flatten() != 0) & (a != b)
+        inside = torch.zeros_like(changed)
+        inside[pair.a[1].of()] = True
+        for seen, where in ((pair.a[0], ~inside), (pair.a[2], inside)):
+            choice = pair.choices.get(seen.number)
+            if (seen.number == NOTHING or choice) and bool((changed & where).any()):
+                raise NoRuleError(chosen(choice, pair.name) if choice else outside(pair.name))
+    return written(2)(pair, g)
+
+
+def written(place: int) -> Rule:
+    """Values (at `place` among the tensors, or the last one) written to places that an index names.
+
+    Linear, but torch's transpose takes no notice of two values that go to one place.
+    """
+
+    def rule(pair: Pair, g: Multipliers) -> Multipliers:
+        n = place % len(pair.a)
+        if pair.counts(n) and pair.argument(3, "accumulate") is not True:
+            _once(pair, n)
+        # The transpose of max_unpool takes no other layout.
+        return linear(pair, [None if m is None else m.contiguous() for m in g])
+
+    return rule
+
+
+def _once(pair: Pair, place: int) -> None:
+    """Each value that is written stays.
+
+    Raises:
+        NoRuleError: one overwrites another.
+    """
+    given = [seen.of() for seen in pair.a]
+    given = [v.new_zeros(v.shape).double() if v.is_floating_point() else v for v in given]
+    count = given[place].numel()
+    numbers = torch.arange(1.0, count + 1, dtype=torch.float64, device=given[place].device)
+    given[place] = numbers.reshape(given[place].shape)
+    landed = torch.bincount(pair.run(pair.case, given).flatten().long(), minlength=count + 1)[1:]
+    with torch.enable_grad():
+        given[place] = torch.ones_like(given[place]).requires_grad_()
+        out = pair.run(pair.case, given)
+        (sent,) = torch.autograd.grad(out, given[place], torch.ones_like(out))
+    if not torch.equal(landed.double(), sent.flatten()):
+        raise NoRuleError(f"{pair.name}, which writes several values to one place")
 
 
 def reshaped(pair: Pair, g: Multipliers) -> Multipliers:

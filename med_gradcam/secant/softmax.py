@@ -1,8 +1,9 @@
 """How is the change of a softmax, or of the logarithm of a sum of exponentials, shared out?
 
-log sum e^a is the logarithm of a sum of exponentials, log softmax is a less that, softmax is the
-exponential of log softmax. In this order every factor is a probability or a mean of two, however
-far apart case and reference are, and nothing overflows.
+Probabilities p and q sum to one, so sum_j L_j (change of log p_j) = 0 with their logarithmic means
+L_j = (p_j - q_j) / (log p_j - log q_j); log p = a - log sum e^a, hence log sum e^a changes by
+sum_j (L_j / sum L) (change of a_j), whose weights sum to one: a number added to all a counts once.
+Log softmax is a less that, softmax the exponential of log softmax; nothing overflows.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ BLOCK = 1 << 18  # elements at a time: attention maps are large, and this much s
 Share = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _log_softmax(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log softmax of rows and their log sum e^a, 0 for rows that are masked (-inf) all over."""
+def _log_softmax(a: torch.Tensor) -> torch.Tensor:
+    """Log softmax of rows; of rows that are masked (-inf) all over, -inf."""
     top = a.amax(-1, keepdim=True)
     top = torch.where(top.isfinite(), top, 0.0)
     a = a - top
     rest = a.exp().sum(-1, keepdim=True).log_()
     rest = torch.where(rest.isfinite(), rest, 0.0)
-    return a.sub_(rest), top.add_(rest)
+    return a.sub_(rest)
 
 
 def _log_mean(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
@@ -36,15 +37,12 @@ def _log_mean(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor
 
 def _secants(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of rows: the secant of exp between the two log softmaxes, and that of log sum e^a."""
-    (a, s), (b, s0) = _log_softmax(a), _log_softmax(b)
+    a, b = _log_softmax(a), _log_softmax(b)
     p, q = a.exp(), b.exp()
     d = a.sub_(b).nan_to_num_(0.0, posinf=math.inf, neginf=-math.inf)  # both masked
-    change = s - s0
-    # e^a over the larger one of the two sums, and (log x - log y) / (x - y) of these sums
-    p_sum, q_sum = p * change.clamp(max=0).exp_(), q * change.clamp(min=0).neg_().exp_()
-    size = change.abs()
-    factor = torch.where(size == 0, 1.0, size / -torch.expm1(-size))
-    return _log_mean(p, q, d), _log_mean(p_sum, q_sum, d + change).mul_(factor)
+    inner = _log_mean(p, q, d)
+    total = inner.sum(-1, keepdim=True)
+    return inner, inner / torch.where(total == 0, 1.0, total)
 
 
 def _of_softmax(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

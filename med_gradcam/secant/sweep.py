@@ -10,7 +10,7 @@ import torch
 from med_gradcam.secant.elementwise import smooth
 from med_gradcam.secant.parts import parts_of
 from med_gradcam.secant.recorder import recorder as new_recorder
-from med_gradcam.secant.rules import FROM_OUTSIDE, Multipliers, NoRuleError, Pair
+from med_gradcam.secant.rules import Multipliers, NoRuleError, Pair, chosen, outside
 from med_gradcam.secant.table import RULES
 from med_gradcam.secant.tape import NOTHING, Entry, Seen, Tape, name_of, put, tensors
 
@@ -38,20 +38,19 @@ def sweep(
         if all(m is None for m in g):
             continue
         same_values(ours, other, case, reference)
-        for seen, m in zip(ours.tensors, _shared(ours, other, case.active, g, within), strict=True):
+        _still_there(ours, other)
+        pair = Pair(ours, other, case.active, case.choices)
+        for seen, m in zip(ours.tensors, _shared(pair, g, within), strict=True):
             if m is not None and seen.number in case.active:
                 before = known.get(seen.number)
                 known[seen.number] = m if before is None else before + m
     return found | {number: known[number] for number in wanted if number in known}
 
 
-def _shared(
-    ours: Entry, other: Entry, active: Collection[int], g: Multipliers, within: frozenset[Any]
-) -> Multipliers:
+def _shared(pair: Pair, g: Multipliers, within: frozenset[Any]) -> Multipliers:
     """Multipliers of one operation's tensors, by its rule or by those of its parts."""
-    pair = Pair(ours, other, active)
-    if ours.known:
-        row = RULES[ours.func.overloadpacket]
+    if pair.case.known:
+        row = RULES[pair.case.func.overloadpacket]
         if row.every or all(m is None for m in g[1:]):
             found = row.rule(pair, g)
             if found is not None:
@@ -67,18 +66,20 @@ def _shared(
 
 def _is_curve(pair: Pair) -> bool:
     """Whether an operation is some function of one tensor, element by element."""
-    tags = getattr(pair.case.func, "tags", ())
-    random = torch.Tag.nondeterministic_seeded in tags
-    return len(pair.a) == 1 and torch.Tag.pointwise in tags and not random
+    func = pair.case.func
+    other = torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable  # noqa: SLF001
+    return len(pair.a) == 1 and torch.Tag.pointwise in func.tags and not other
 
 
 def _in_parts(pair: Pair, g: Multipliers, within: frozenset[Any]) -> Multipliers:
     """An operation without a rule as the simpler ones that it is made of, run once more."""
     func = pair.case.func
     places = [n for n in range(len(pair.a)) if pair.counts(n)]
-    if func in within or any(pair.a[n].value is None for n in places):
+    if func in within:
         raise NoRuleError(pair.name)
     parts = parts_of(func)
+    if any(pair.a[n].value is None for n in places):
+        raise NoRuleError(pair.name)
     (case, leaves, outs), (reference, _, others) = (
         _run(parts, pair, entry) for entry in (pair.case, pair.reference)
     )
@@ -161,14 +162,26 @@ def same_values(ours: Entry, other: Entry, case: Tape, reference: Tape) -> None:
         if floats or a.value is None or b.value is None or _equal(a.value, b.value):
             continue  # floats that descend from the input: shared out, or on a path past the layer
         if a.number == NOTHING:
-            raise NoRuleError(f"{name} {FROM_OUTSIDE}")
+            raise NoRuleError(outside(name))
         raise NoRuleError(
-            f"{choice}, whose result (a mask, a place or the like) is not the same for scan "
-            f"and reference and goes into {name}"
+            chosen(choice, name)
             if choice
             else f"{name} with a mask, places or the like from before the layer that are not the "
             f"same for scan and reference"
         )
+
+
+def _still_there(*entries: Entry) -> None:
+    """The tensors that were kept are those that the operation saw.
+
+    Raises:
+        NoRuleError: one was given other memory.
+    """
+    for entry in entries:
+        if any(seen.moved for seen in (*entry.tensors, *entry.kept)):
+            raise NoRuleError(
+                f"{name_of(entry.func)} with a tensor whose `data` was set to others afterwards"
+            )
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -56,9 +56,9 @@ _LINEAR = """
     _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
     upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa index
     index_select gather take diag_embed rot90 embedding im2col col2im pixel_shuffle
-    pixel_unshuffle channel_shuffle index_add index_put scatter scatter_add slice_scatter
-    select_scatter masked_select masked_scatter where masked_fill tril triu max_unpool2d
-    max_unpool3d affine_grid_generator
+    pixel_unshuffle channel_shuffle index_add index_fill scatter_add slice_scatter
+    select_scatter masked_select masked_scatter where masked_fill tril triu
+    affine_grid_generator
 """.split()
 _KINKED = """
     relu leaky_relu hardtanh hardsigmoid threshold clamp clamp_min clamp_max abs
@@ -75,13 +75,14 @@ _BATCH_NORMS = """
 
 _TABLE: dict[str, Row] = {
     **dict.fromkeys(_LINEAR, Row(rules.linear, "constants", every=True)),
-    # Linear in their first argument only; of as_strided the layout of the value counts.
+    # Linear in their first argument only.
     **dict.fromkeys(
         ("grid_sampler_2d", "grid_sampler_3d"), Row(rules.linear, "constants", first=True)
     ),
     **dict.fromkeys(("sort", "topk"), Row(rules.ordered, "all", every=True, outputs=True)),
-    "as_strided": Row(rules.linear, "all"),
     "put": Row(rules.placed, "constants"),
+    **dict.fromkeys(("index_put", "scatter"), Row(rules.written(-1), "constants")),
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), Row(rules.written(0), "constants")),
     **dict.fromkeys(_RESHAPES, Row(rules.reshaped, "nothing")),
     **dict.fromkeys(_KINKED, Row(elementwise.kinked, "all", first=True)),
     **dict.fromkeys(_SMOOTH, Row(elementwise.smooth, "all", first=True)),

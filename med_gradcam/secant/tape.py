@@ -17,10 +17,18 @@ NOTHING = -1  # the number of a tensor that does not depend on the input
 Step = tuple[Any, tuple[int, ...], tuple[int, ...]]
 
 
+def where_in_memory(tensor: torch.Tensor) -> Any:
+    """Where a tensor's elements lie; None for tensors that have no plain memory."""
+    try:
+        return tensor.data_ptr(), tensor.shape, tensor.stride()
+    except (RuntimeError, NotImplementedError):  # sparse, nested
+        return None
+
+
 class Seen:
     """A tensor argument as it was: its number, shape and, where kept, its value."""
 
-    __slots__ = ("__weakref__", "device", "dtype", "number", "shape", "value")
+    __slots__ = ("__weakref__", "_where", "device", "dtype", "number", "shape", "value")
 
     def __init__(
         self,
@@ -28,15 +36,29 @@ class Seen:
         of: tuple[torch.Size, torch.dtype, torch.device],
         value: torch.Tensor | None = None,
     ) -> None:
-        self.number, self.value = number, value
+        self.number = number
         self.shape, self.dtype, self.device = of
+        self.keep(value)
 
     @classmethod
     def like(cls, number: int, tensor: torch.Tensor, *, keep: bool = False) -> Seen:
         """A tensor that is there."""
         # Nested tensors have no one shape; no rule takes them, so none is missed.
-        shape = torch.Size(()) if tensor.is_nested else tensor.shape
-        return cls(number, (shape, tensor.dtype, tensor.device), tensor if keep else None)
+        one = cls.__new__(cls)
+        one.number, one.dtype, one.device = number, tensor.dtype, tensor.device
+        one.shape = torch.Size(()) if tensor.is_nested else tensor.shape
+        one.keep(tensor if keep else None)
+        return one
+
+    def keep(self, value: torch.Tensor | None) -> None:
+        """This is the value."""
+        self.value = value
+        self._where = None if value is None else where_in_memory(value)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the tensor that was kept has been given other memory (`a.data = b`)."""
+        return self.value is not None and self._where != where_in_memory(self.value)
 
     @property
     def working(self) -> torch.dtype:
@@ -69,9 +91,16 @@ class Entry:
 
 def put(value: Any, change: Callable[[Any], Any]) -> Any:
     """Arguments with each leaf changed; lists and tuples keep their form."""
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return type(value)(put(item, change) for item in value)
-    return change(value)
+    if not isinstance(value, (tuple, list)):
+        return change(value)
+    if _sizes(value):
+        return value
+    return type(value)([put(item, change) for item in value])
+
+
+def _sizes(value: Any) -> bool:
+    """Whether this is a list of sizes or the like, with no tensor among them."""
+    return type(value) is list and bool(value) and type(value[0]) is int
 
 
 def tensors(values: Iterable[Any]) -> list[torch.Tensor]:
@@ -80,7 +109,7 @@ def tensors(values: Iterable[Any]) -> list[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append(value)
-        elif isinstance(value, (tuple, list)):
+        elif isinstance(value, (tuple, list)) and not _sizes(value):
             found.extend(tensors(value))
     return found
 
@@ -120,16 +149,18 @@ class Tape:
     def step(self, func: Any, ins: Sequence[int], floats: Sequence[bool]) -> tuple[int, ...]:
         """One more operation; the numbers of what it puts out (`floats`: which ones are floats)."""
         active = not self.active.isdisjoint(ins)
-        choice = name_of(func) if active else self._choice(ins)
-        outs = []
-        for is_float in floats:
-            outs.append(self.number(active=active and is_float))
-            if choice is not None and not (active and is_float):
-                self.choices[outs[-1]] = choice
+        first, self.numbers = self.numbers, self.numbers + len(floats)
+        outs = tuple(range(first, self.numbers))
+        if active:
+            self.active.update(n for n, is_float in zip(outs, floats, strict=True) if is_float)
+        if not (active and all(floats)):
+            choice = name_of(func) if active else self._choice(ins)
+            if choice is not None:
+                self.choices.update((n, choice) for n in outs if n not in self.active)
         if not outs and func._schema.returns:  # noqa: SLF001 - an assertion gives nothing back
             self.reads.append(name_of(func))
-        self.flow.append((func, tuple(ins), tuple(outs)))
-        return tuple(outs)
+        self.flow.append((func, tuple(ins), outs))
+        return outs
 
     def _choice(self, ins: Sequence[int]) -> str | None:
         if not self.choices:

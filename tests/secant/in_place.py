@@ -209,7 +209,53 @@ def random_then_overwritten(x: torch.Tensor) -> torch.Tensor:
     return y.exp()
 
 
+def from_another_part(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    y[:, :2] += y[:, 2:]
+    y.mul_(y.flip(1))
+    y.copy_(y.roll(1, 2))
+    y[:, 1].sub_(y[:, 3])
+    return y * y
+
+
+def a_choice_that_is_overwritten(x: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    out[:, 2:] = (x[:, 2:] > 0).to(x.dtype)
+    out[:, :2] = x[:, :2]
+    out[:, 2:] = x[:, 2:].exp()
+    return out * x
+
+
+def data_of_others(x: torch.Tensor) -> torch.Tensor:
+    y, other = 2 * x, x.sin()
+    out = y.data * x + y.data[:, 1:3].sum(1, keepdim=True)  # tensors of their own
+    y.data = other
+    return out * y + y.data
+
+
+def filled_at_places(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    y.index_fill_(1, torch.tensor([0, 2]), 3.0)
+    rows = [a.index_fill(0, torch.tensor([1, 1]), a[0, 0]) for a in y * x]
+    return torch.stack(rows)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    part = y[:, :2]
+    rows = part.as_strided((2, 3, 5), (24, 6, 1), 1).sum((1, 2)).reshape(2, 1, 1)
+    beyond = part.as_strided((2, 2, 6), (24, 6, 1), 12)  # not in that part at all
+    out = rows + beyond.exp()
+    y.sigmoid_()
+    return out * beyond + part.as_strided((2, 2, 6), (24, 12, 1))
+
+
 IN_PLACE: list[Made] = [
+    from_another_part,
+    a_choice_that_is_overwritten,
+    data_of_others,
+    filled_at_places,
+    strided,
     slices_of_zeros,
     slices_of_a_constant,
     views_of_views,

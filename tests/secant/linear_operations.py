@@ -135,6 +135,10 @@ LINEAR: dict[str, list[Case]] = {
     "pixel_shuffle": one(lambda a: F.pixel_shuffle(a, 2), (1, 8, 3, 2)),
     "pixel_unshuffle": one(lambda a: F.pixel_unshuffle(a, 2), (1, 2, 4, 6)),
     "channel_shuffle": one(lambda a: F.channel_shuffle(a, 2), (1, 4, 3, 2)),
+    "index_fill": several(
+        one(lambda a: a.index_fill(1, INDEX[:2], 2.0)),
+        one(lambda a, b: a.index_fill(-1, INDEX, b), FLAT, ()),
+    ),
     "index_add": one(lambda a, b: a.index_add(-1, INDEX, b, alpha=2), FLAT, FLAT),
     "index_put": several(
         one(lambda a, b: a.index_put((torch.tensor([1, 0]),), b), FLAT, (2, 3, 4)),
@@ -176,7 +180,6 @@ LINEAR: dict[str, list[Case]] = {
     "grid_sampler_3d": one(
         lambda a: F.grid_sample(a, noise(2, 3, 3, 2, 3, seed=4).tanh(), align_corners=True), VOLUME
     ),
-    "as_strided": one(lambda a: a.contiguous().as_strided((2, 3), (4, 5), 1)),
     "sort": one(lambda a: (a.tanh() * 0.4 + torch.arange(4)).sort(-1, descending=True)),
     "topk": one(lambda a: (a.tanh() * 0.4 + torch.arange(4)).topk(2, -1)),
     "_native_batch_norm_legit_no_training": one(

@@ -18,6 +18,7 @@ from med_gradcam.tail import INPUT
 from tests.secant.pairs import Function, noise, off, shared, weighted
 
 EXACT = 1e-9
+aten = torch.ops.aten
 X, R = noise(1, 4, 6, seed=1), noise(1, 4, 6, seed=2) - 1
 Made = Callable[[torch.Tensor], Any]
 
@@ -62,6 +63,68 @@ def copied_over_a_part(x: torch.Tensor) -> torch.Tensor:
     return y.sin()
 
 
+def a_choice_in_a_part(x: torch.Tensor) -> torch.Tensor:
+    y = torch.zeros_like(x)
+    y[:, :2] = 2 * x[:, :2]
+    y[:, 2:] = (x[:, 2:] > 0).to(x.dtype)
+    return y
+
+
+def parts_by_choice(x: torch.Tensor) -> torch.Tensor:
+    y = torch.ones_like(x)
+    y[:, 2:][x[:, 2:] > 0] = 5.0
+    y[:, 3:] *= 2
+    y[:, :2] = 2 * x[:, :2]
+    return y
+
+
+def on_what_is_behind(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    y[:, :, 1:] += y[:, :, :-1]
+    return y
+
+
+def copied_from_what_is_behind(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    y[:, 1:, :4].copy_(y[:, :-1, :4])
+    return y
+
+
+def product_with_itself(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    return y.baddbmm_(x[:, :, :4], y)
+
+
+def places_that_repeat(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    y.unfold(2, 3, 1).mul_(2.0)
+    return y
+
+
+def twice_by_index(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    y[:, torch.tensor([1, 1])] = x[:, 1:3].exp()
+    return y
+
+
+def other_order_of_arguments(x: torch.Tensor) -> torch.Tensor:
+    return (x.abs() + 1).polygamma_(1)
+
+
+def memory_given_away(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    square = y * y
+    y.data = torch.empty(0, dtype=x.dtype)  # to free it
+    return square
+
+
+def memory_of_nobody(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    y.data = x.exp()
+    return y + x
+
+
+ONE = torch.ones(4, dtype=torch.long)
 REFUSED: dict[str, tuple[Made, str]] = {
     # no rule, and no simpler operations that have one
     "singular values": (lambda x: torch.linalg.svd(x)[1], "aten::_linalg_svd"),
@@ -77,6 +140,32 @@ REFUSED: dict[str, tuple[Made, str]] = {
         lambda x: F.grid_sample(x[None], torch.tanh(x[:, None, :, :2]), align_corners=False),
         "aten::grid_sampler_2d",
     ),
+    # what it overwrites is read, or something is overwritten twice
+    "quotient into a buffer": (lambda x: torch.div(x, x, out=torch.empty_like(x)), "aten::div, wh"),
+    "sum with what is behind": (on_what_is_behind, "aten::add_, which here reads what it overw"),
+    "copy of what is behind": (copied_from_what_is_behind, "aten::copy_, which here reads"),
+    "matrix product with itself": (product_with_itself, "aten::baddbmm_, which here reads"),
+    "views that repeat places": (places_that_repeat, "aten::mul_, which here reads"),
+    "no form out of place": (other_order_of_arguments, "aten::polygamma_, which here reads"),
+    "two to one place by index": (twice_by_index, "aten::index_put, which writes several"),
+    "two to one place by scatter": (
+        lambda x: (2 * x).scatter(1, ONE[:2].reshape(1, 2, 1).expand(1, 2, 6), x[:, :2]),
+        "aten::scatter, which writes several",
+    ),
+    "two to one place by copy": (
+        lambda x: (2 * x).index_copy(1, ONE[:2], x[:, :2]),
+        "aten::index_copy .in it aten::index_put, which writes several",
+    ),
+    "two to one place by put": (
+        lambda x: (2 * x).put(ONE, x[0, :, 0]),
+        "aten::put, which writes several",
+    ),
+    "two unpooled to one place": (
+        lambda x: aten.max_unpool2d(x, ONE.repeat(6).reshape(1, 4, 6), [4, 6]),
+        "aten::max_unpool2d, which writes several",
+    ),
+    "memory given away": (memory_given_away, "aten::mul with a tensor whose `data` was set"),
+    "memory of nobody": (memory_of_nobody, "aten::add with a value that no operation"),
     # masks, places and whole numbers that are not the same for both
     "a mask as a factor": (lambda x: x * (x > 0), "aten::gt"),
     "a mask in where": (lambda x: torch.where(x > 0, x, 0.1 * x), "aten::gt"),
@@ -84,6 +173,8 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "a mask alone": (lambda x: (x > 0).double(), "aten::gt"),
     "a mask of masks": (lambda x: ((x > 0) & (x < 1)).double() * x, "aten::(gt|lt|bitwise_and)"),
     "masked in place": (written_where_negative, "aten::lt"),
+    "a mask in a part of a buffer": (a_choice_in_a_part, "aten::gt, whose result.*into aten::put"),
+    "a part by a mask": (parts_by_choice, "aten::gt, whose result.*into aten::put"),
     "rounded to whole numbers": (lambda x: x.long().double() * x, "aten::_to_copy"),
     "whole numbers in place": (
         lambda x: torch.zeros(1, 4, 6).long().copy_(9 * x) * x,
