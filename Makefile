@@ -63,7 +63,8 @@ $(PEERS)/.made: benchmarks/peers/setup.sh benchmarks/peers/requirements.txt benc
 	@touch $@
 
 benchmark: $(VENV)/.dev $(PEERS)/.made
-	set -e; for script in $(filter-out benchmarks/bench_peers.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(PY) $$script; done
+	set -e; for script in $(filter-out benchmarks/bench_peers.py benchmarks/bench_explain.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(PY) $$script; done
+	$(PY) -m benchmarks.bench_explain
 	$(PEERS)/bin/python -m benchmarks.bench_peers $(ARGS)
 	$(PEERS)/bin/python -m benchmarks.traps
 

@@ -18,11 +18,13 @@ _HOME = {
     "Explanation": "explanation",
     "Geometry": "geometry",
     "Heatmap": "maps",
+    "JointExplanation": "joint",
     "InputSpec": "model",
     "MedGradcamError": "errors",
     "Model": "model",
     "Projection": "projection",
     "Provenance": "provenance",
+    "RegionValues": "regions",
     "Step": "progress",
     "Target": "target",
     "Volume": "volume",
@@ -31,12 +33,14 @@ _HOME = {
     "doctor": "checkup.report",
     "draw": "maps",
     "explain": "engine",
+    "explain_inputs": "joint",
     "explain_many": "engine",
     "inspect": "inspection",
     "load_model": "loading",
     "project": "projection",
     "read": "loading",
     "read_explanation": "loading",
+    "shapley": "regions",
     "write": "delivery",
 }
 
@@ -57,6 +61,8 @@ if TYPE_CHECKING:
     from med_gradcam.explanation import Explanation as Explanation
     from med_gradcam.geometry import Geometry as Geometry
     from med_gradcam.inspection import inspect as inspect
+    from med_gradcam.joint import JointExplanation as JointExplanation
+    from med_gradcam.joint import explain_inputs as explain_inputs
     from med_gradcam.loading import load_model as load_model
     from med_gradcam.loading import read as read
     from med_gradcam.loading import read_explanation as read_explanation
@@ -68,6 +74,8 @@ if TYPE_CHECKING:
     from med_gradcam.projection import Projection as Projection
     from med_gradcam.projection import project as project
     from med_gradcam.provenance import Provenance as Provenance
+    from med_gradcam.regions import RegionValues as RegionValues
+    from med_gradcam.regions import shapley as shapley
     from med_gradcam.target import Target as Target
     from med_gradcam.volume import Volume as Volume
 

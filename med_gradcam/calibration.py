@@ -40,6 +40,7 @@ class Calibration:
 
 # A case without a calibrated model: the floor is this share of the case's own peak.
 CASE_FLOOR = 0.1
+ALL_LAYERS = "all"  # the layer of a scale that several layers of a case share
 
 
 def from_case(peak: float, target: str, method: str, layer: str) -> Calibration:

@@ -21,6 +21,9 @@ from med_gradcam.tail import INPUT, Recorded, Score, Tail, no_gradient, slopes
 # Channel means of the gradient below this share of its mean size are rounding noise: behind an
 # InstanceNorm they are analytically zero (measured: 1e-8 in float32, 1e-17 in float64).
 NORM_TRAP = 1e-5
+# The methods whose weights are such means. Multipliers, path integrals and cell-by-cell products
+# are no noise there: they find as much before a norm as behind the one before (docs/evidence.md).
+MEAN_WEIGHTS = ("gradcam", "xgradcam", "shapleycam", "guided_gradcam")
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +38,7 @@ class Capture:
     activation is the network's input itself. `reference_input` is (1, C, I, J, K) or None; `beside`
     is a second capture of the case, at a layer, for methods at the input that need one (BESIDE);
     `cells` says where the cells lie, once that is known; `shared` is the score's change from the
-    reference as `secant` shares it out.
+    reference as `secant` shares it out; `baselines`: all of them where several scans were given.
     """
 
     layer: str
@@ -49,6 +52,7 @@ class Capture:
     passes: float = field(default=0.0)
     forwards: float = field(default=0.0)
     reference_input: torch.Tensor | None = None
+    baselines: tuple[torch.Tensor, ...] = ()
     beside: Capture | None = None
     cells: Cells | None = None
     shared: Shared | None = None
@@ -243,24 +247,34 @@ def outputs(net: torch.nn.Module, x: torch.Tensor) -> Any:
 
 
 def check_norm_trap(capture_: Capture, *, feeds_norm: bool) -> None:
-    """Refuse a layer whose evidence a normalisation wipes out.
+    """Refuse a layer whose channel-mean gradients, the weights of Grad-CAM, are rounding noise.
+
+    Only for methods that weigh channels so. `feeds_norm`: the layer feeds straight into a norm that
+    takes each channel's mean; there the mean is zero analytically, in half precision too.
 
     Raises:
-        CannotExplainError: the layer feeds straight into a norm, or its channel-mean gradients are
-            rounding noise.
+        CannotExplainError: the largest weight is rounding noise beside the gradient.
     """
-    gradient = capture_.sensitivity()
+    gradient = capture_.gradient()
     size = float(gradient.double().abs().mean(dim=(1, 2, 3)).max())
     mean = float(gradient.double().mean(dim=(1, 2, 3)).abs().max())
-    at_case = capture_.shared is None  # the multipliers of a pair have a mean behind a norm, too
-    if feeds_norm or (at_case and size > 0 and gradient[0].numel() > 1 and mean / size < NORM_TRAP):
-        raise CannotExplainError(
-            "norm trap",
-            f"the layer {capture_.layer!r} feeds straight into an Instance, Group or LayerNorm, "
-            f"which removes its mean: every Grad-CAM weight is zero and a map would be rounding "
-            f"noise (largest weight {mean:.1e}, mean size of the gradient {size:.1e}); choose the "
-            f"layer after the norm, or --layer auto.",
-        )
+    noise = NORM_TRAP
+    if feeds_norm:
+        noise = max(noise, 10 * torch.finfo(capture_.activation.dtype).eps)
+    if size == 0 or gradient[0].numel() == 1 or mean / size >= noise:
+        return
+    why = (
+        f"the layer {capture_.layer!r} feeds straight into an Instance, Group or LayerNorm, which "
+        f"removes each channel's mean"
+        if feeds_norm
+        else f"what follows the layer {capture_.layer!r} removes each channel's mean"
+    )
+    raise CannotExplainError(
+        "norm trap",
+        f"{why}: every Grad-CAM weight is zero and a map would be rounding noise (largest weight "
+        f"{mean:.1e}, mean size of the gradient {size:.1e}); choose the layer after the norm, "
+        f"--layer auto or --method secant.",
+    )
 
 
 def check_signal(capture_: Capture) -> None:

@@ -18,6 +18,7 @@ from med_gradcam import _plugins
 from med_gradcam.capture import Capture
 from med_gradcam.case import Case
 from med_gradcam.errors import UsageError
+from med_gradcam.explaining import explained
 from med_gradcam.explanation import Explanation
 from med_gradcam.geometry import point_words, side_words
 from med_gradcam.methods import Bound, Evidence
@@ -266,7 +267,7 @@ def _terms(image: object, model: object, settings: dict[str, Any]) -> tuple[Expl
 def _watched(case: Case) -> tuple[Explanation, dict[str, tuple[Capture, Bound]]]:
     watched = _Watched(case.method)
     case.method = watched
-    return case.explained(), watched.seen
+    return explained(case), watched.seen
 
 
 def _secant(capture: Capture, bound: Bound) -> Terms:

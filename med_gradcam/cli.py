@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     _concepts(
         commands_.add_parser("concepts", parents=[common], help="the channels that speak most")
     )
+    _regions(commands_.add_parser("regions", parents=[common], help="what each region is worth"))
     _doctor(
         commands_.add_parser(
             "doctor", parents=[common], help="which traps of other tools bite on this network"
@@ -44,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     _runtime(demo)
     inspect = commands_.add_parser("inspect", parents=[common], help="what a model or a scan is")
     inspect.add_argument("model", metavar="MODEL", help="model folder, module:function, or a scan")
-    inspect.add_argument("image", metavar="IMAGE", nargs="?", help="a scan to try it on")
+    inspect.add_argument(
+        "image", metavar="IMAGE", nargs="*", help="a scan to try it on; one file per channel"
+    )
     inspect.add_argument("--at", help="centre of the patch, as in explain")
     inspect.add_argument("--all", action="store_true", help="all layers, not only the candidates")
     inspect.add_argument("--trust", action="append", default=[], choices=["code"])
@@ -69,6 +72,13 @@ def _explain(sub: argparse.ArgumentParser) -> None:
 def _concepts(sub: argparse.ArgumentParser) -> None:
     _question(sub)
     sub.add_argument("--most", type=int, default=8, help="channels to list (default: 8)")
+    _runtime(sub)
+
+
+def _regions(sub: argparse.ArgumentParser) -> None:
+    _question(sub)
+    sub.add_argument("--labels", help="a label map on the scan's grid (default: the map's parts)")
+    sub.add_argument("--most", type=int, default=10, help="parts to take, 1 to 10 (default: 10)")
     _runtime(sub)
 
 
@@ -108,7 +118,8 @@ def _question(sub: argparse.ArgumentParser) -> None:
     add(
         "--layer",
         default="auto",
-        help="auto, fused, a module path, an alias, @input, or a cut a+b+c",
+        help="auto, fused, a module path, an alias, @input, a cut a+b+c; of explain also all: one "
+        "map per depth",
     )
     add("--method", default="secant", help="see `med-gradcam methods`")
     add(
@@ -117,6 +128,7 @@ def _question(sub: argparse.ArgumentParser) -> None:
     add("--at", help="centre of the patch: ras:X,Y,Z, lps:X,Y,Z (mm) or ijk:I,J,K (voxels)")
     add("--precise", action="store_true", help="sums within 1 %% instead of 5 %%")
     add("--quick", action="store_true", help="coarsest layer, untested, no second run: 2 forwards")
+    add("--fast", action="store_true", help="all before the layers fused: pays where runs are many")
     add("--alignment", default="nominal", choices=["nominal", "measured"], help="of the cells")
     add(
         "--trust", action="append", default=[], choices=["code"], help="allow the model to run code"
@@ -131,7 +143,7 @@ def _output(sub: argparse.ArgumentParser, *, required: bool) -> None:
 def _runtime(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     sub.add_argument("--threads", type=int, help="threads for torch")
-    sub.add_argument("--seed", type=int, default=0, help="for the random regions of --layer auto")
+    sub.add_argument("--seed", type=int, default=0, help="for all that is drawn at random")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from med_gradcam import _plugins
 from med_gradcam.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from med_gradcam.explanation import Explanation
+    from med_gradcam.explanation import Explanation, Region
     from med_gradcam.model import Model
     from med_gradcam.progress import Progress, Step
     from med_gradcam.volume import Volume
@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     table: dict[str, Callable[[argparse.Namespace], int]] = {
         "explain": _explain,
         "concepts": _concepts,
+        "regions": _regions,
         "doctor": _doctor,
         "demo": _demo,
         "inspect": _inspect,
@@ -53,12 +54,14 @@ def _explain(args: argparse.Namespace) -> int:
 
     delivery.check_output(Path(args.output), overwrite=args.overwrite)
     if args.formats is not None:  # a wrong name costs no prediction
-        delivery.check_names(_split(args.formats))
+        delivery.check_names(args.formats)
     model = loading.load_model(args.model, args.trust)
     volume = loading.read(args.image)
     if args.formats is not None:
-        delivery.check_formats(_split(args.formats), volume)
+        delivery.check_formats(args.formats, volume)
     _tell_point(volume, args.at)
+    if args.layer == "all":
+        return _explain_layers(volume, model, args)
     explanation = explain_case(volume, model, args)
     folder = _deliver(explanation, volume, args)
     if args.json:
@@ -66,6 +69,23 @@ def _explain(args: argparse.Namespace) -> int:
         return 0
     say(table([(explanation.target.label, explanation)]))
     for line in notes(explanation):
+        say(line)
+    say(f"written to {folder}")
+    return 0
+
+
+def _explain_layers(volume: Volume, model: Model, args: argparse.Namespace) -> int:
+    """One map per depth, coarsest first."""
+    from med_gradcam import delivery, engine
+
+    with progress_bar(quiet=args.quiet) as progress:
+        found = engine.explain_many([volume], model, progress=progress, **settings(args))
+    folder = _deliver(found, volume, args)
+    if args.json:
+        say((folder / delivery.LAYERS).read_text(encoding="utf-8"))
+        return 0
+    say(table([(e.target.label, e) for e in found]))
+    for line in layer_notes(found, delivery.folder_names(found)):
         say(line)
     say(f"written to {folder}")
     return 0
@@ -107,6 +127,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "at": getattr(args, "at", None),
         "precise": getattr(args, "precise", False),
         "quick": getattr(args, "quick", False),
+        "fast": getattr(args, "fast", False),
         "alignment": getattr(args, "alignment", "nominal"),
         "device": _device(args.device),
         "threads": args.threads,
@@ -122,32 +143,36 @@ def _device(wish: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _deliver(explanation: Explanation, volume: Volume, args: argparse.Namespace) -> Path:
+def _deliver(
+    found: Explanation | Sequence[Explanation], volume: Volume, args: argparse.Namespace
+) -> Path:
+    """The folder of one explanation, or of one per layer."""
     from med_gradcam import delivery
 
     wish = getattr(args, "formats", None)
     with progress_bar(quiet=args.quiet) as progress:
-        return delivery.write(
-            explanation,
-            args.output,
-            volume=volume,
-            formats=delivery.default_formats(volume) if wish is None else _split(wish),
-            overwrite=args.overwrite,
-            identified=getattr(args, "identified", False),
-            progress=progress,
-        )
+        given: dict[str, Any] = {
+            "volume": volume,
+            "formats": delivery.default_formats(volume) if wish is None else wish,
+            "overwrite": args.overwrite,
+            "identified": getattr(args, "identified", False),
+            "progress": progress,
+        }
+        if isinstance(found, Sequence):
+            return delivery.write_layers(found, args.output, **given)
+        return delivery.write(found, args.output, **given)
 
 
 def table(cases: list[tuple[str, Explanation]]) -> str:
-    """Finding, score, reference, for, against and residual, one line per case."""
+    """Finding, score, reference, for, against and residual, one line per case.
+
+    A map without a sign has neither for nor against.
+    """
     head = ("finding", "score", "reference", "for", "against", "residual", "probability", "layer")
     rows: list[tuple[str, ...]] = [head]
     for name, e in cases:
-        numbers = [e.score, e.reference_score, e.sum_for, -e.sum_against, e.residual]
+        sums = (e.sum_for, -e.sum_against) if e.signed else (None, None)
+        numbers = [e.score, e.reference_score, *sums, e.residual]
         rows.append(
             (
                 name,
@@ -167,34 +192,69 @@ def table(cases: list[tuple[str, Explanation]]) -> str:
 
 def notes(e: Explanation) -> list[str]:
     """What must be said beside the numbers."""
-    from med_gradcam.explanation import STATUS_WORDS
+    lines = [f"{e.target.label}: {e.target.about}"] if e.target.about else []
+    lines += [
+        f"{_compared(e)}; cost {e.cost_in_forwards:g} forwards",
+        f"{_cells(e)}; nothing under {e.smallest_localisable_mm:.0f} mm is told apart",
+        *_strongest(e),
+    ]
+    lines += [_removed(e, region) for region in e.regions if region.chosen != "random"]
+    told = dict.fromkeys((*e.warnings, *e.provenance.notes))
+    return [*lines, *(f"note: {w}" for w in told)]
+
+
+def layer_notes(found: Sequence[Explanation], names: Sequence[str]) -> list[str]:
+    """What must be said beside the numbers of several layers; `names`: of their folders."""
+    first = found[0]
+    lines = [f"{first.target.label}: {first.target.about}"] if first.target.about else []
+    lines.append(f"cost {sum(e.cost_in_forwards for e in found):g} forwards; no layer was tested")
+    said = dict.fromkeys(note for e in found for note in e.provenance.notes)
+    for name, e in zip(names, found, strict=True):
+        lines += [f"{name}: {_compared(e)}; {_cells(e)}", *(f"  {w}" for w in _strongest(e))]
+        lines += [f"  note: {w}" for w in dict.fromkeys(e.warnings)]
+    return [*lines, *(f"note: {w}" for w in said)]
+
+
+def _removed(e: Explanation, region: Region) -> str:
+    """What removing a region did, beside what the map says of it where that is an amount too."""
     from med_gradcam.geometry import point_words
+
+    place = f"{point_words(region.centre_ras_mm)} ({region.radius_mm:.0f} mm ball)"
+    change = f"changes the score by {-region.effect:+.2f} {e.target.unit}"
+    if e.measure != "score":
+        return f"removing what lies around {place} {change}"
+    return f"around {place} the map says {region.net:+.2f} {e.unit}; removing it {change}"
+
+
+def _compared(e: Explanation) -> str:
+    from med_gradcam.summary import NO_SIGN, status_words
+
+    against = "" if e.reference.kind == "none" else f", relative to {e.reference.words}"
+    if not e.signed:
+        return f"map in {e.unit}{against}, with {NO_SIGN}; {status_words(e)}"
+    return f"evidence in {e.unit}{against}; {status_words(e)}"
+
+
+def _cells(e: Explanation) -> str:
+    return f"cells {' x '.join(f'{mm:.1f}' for mm in e.cell_mm)} mm ({e.cells.how})"
+
+
+def _strongest(e: Explanation) -> list[str]:
+    """Where the evidence of either polarity, or a map without a sign, is strongest."""
     from med_gradcam.maps import draw
     from med_gradcam.summary import peaks
 
-    words = dict(zip(("for", "against"), e.target.words, strict=True))
-    scored = "output" if e.target.words[0].startswith("pulls") else "score"
-    lines = [f"{e.target.label}: {e.target.about}"] if e.target.about else []
-    lines += [
-        f"{e.unit} relative to {e.reference.words}; {STATUS_WORDS[e.status]}; "
-        f"cost {e.cost_in_forwards:g} forwards",
-        "cells "
-        + " x ".join(f"{mm:.1f}" for mm in e.cell_mm)
-        + f" mm ({e.cells.how}); nothing under {e.smallest_localisable_mm:.0f} mm is told apart",
-    ]
-    lines += [
-        f"{words[peak.polarity]} the model's {scored} most at {peak.words} ({peak.side}), "
-        f"{peak.per_ml:.3g} {e.unit} per mL"
+    raises, lowers = e.target.words
+    scored = "output" if raises.startswith("pulls") else "score"
+    words = {
+        "for": f"{raises} the model's {scored} most",
+        "against": f"{lowers} the model's {scored} most",
+        "strength": "the map is strongest",
+    }
+    return [
+        f"{words[peak.polarity]} at {peak.words} ({peak.side}), {peak.per_ml:.3g} {e.unit} per mL"
         for peak in peaks(e, draw(e), most=1)
     ]
-    lines += [
-        f"around {point_words(r.centre_ras_mm)} ({r.radius_mm:.0f} mm ball) the map says "
-        f"{r.net:+.2f}; removing it changes the score by {-r.effect:+.2f}"
-        for r in e.regions
-        if r.chosen != "random"
-    ]
-    told = dict.fromkeys((*e.warnings, *e.provenance.notes))
-    return [*lines, *(f"note: {w}" for w in told)]
 
 
 @contextmanager
@@ -222,7 +282,7 @@ def _no_progress(step: Step) -> None:
     del step
 
 
-# ------------------------------------------------------------------------- concepts, doctor
+# ---------------------------------------------------------------- concepts, regions, doctor
 
 
 def _concepts(args: argparse.Namespace) -> int:
@@ -239,6 +299,22 @@ def _concepts(args: argparse.Namespace) -> int:
         say(json.dumps(channel_table.as_record(found), indent=1))
     else:
         say(channel_table.as_text(found))
+    return 0
+
+
+def _regions(args: argparse.Namespace) -> int:
+    from med_gradcam import loading, region_table, regions
+
+    model = loading.load_model(args.model, args.trust)
+    volume = loading.read(args.image)
+    wish = "components" if args.labels is None else loading.read(args.labels)
+    _tell_point(volume, args.at)
+    with progress_bar(quiet=args.quiet) as progress:
+        found = regions.shapley(
+            volume, model, regions=wish, most=args.most, progress=progress, **settings(args)
+        )
+    record = region_table.as_record(found)
+    say(json.dumps(record, indent=1) if args.json else region_table.as_text(found))
     return 0
 
 
@@ -273,20 +349,8 @@ def _demo(args: argparse.Namespace) -> int:
         say("for raises the model's score, against lowers it; both in log-odds")
         say(f"written to {folder}")
     if args.open:
-        _open_napari(finished.to_show)
+        demo.show(finished.to_show)
     return 0
-
-
-def _open_napari(folder: Path) -> None:
-    try:
-        import napari
-    except ImportError as error:
-        raise UsageError(
-            "expected napari for --open; install it with: pip install 'med-gradcam[napari]' PyQt6."
-        ) from error
-    viewer = napari.Viewer()
-    viewer.open(folder, plugin="med-gradcam")
-    napari.run()
 
 
 # ----------------------------------------------------------------------------------- inspect
@@ -299,11 +363,11 @@ def _inspect(args: argparse.Namespace) -> int:
         model = loading.load_model(args.model, args.trust)
     except ModelError:
         there = Path(args.model)
-        if args.image is not None or not there.exists() or (there / "spec.json").exists():
+        if args.image or not there.exists() or (there / "spec.json").exists():
             raise  # it was meant as a model
         report = inspection.of_scan(loading.read(args.model))
     else:
-        scan = None if args.image is None else loading.read(args.image)
+        scan = loading.read(args.image) if args.image else None
         if scan is None and args.at is not None:
             raise UsageError("expected an IMAGE with --at: inspect MODEL IMAGE --at POINT.")
         report = inspection.inspect(model, scan, args.at, every=args.all)
@@ -317,7 +381,11 @@ def _list(args: argparse.Namespace) -> int:
         module = _plugins.load(args.command, name)
         rows.append({"name": name, "title": module.TITLE})
         if args.command == "methods":
-            rows[-1] |= {"source": module.SOURCE, "cannot_show": module.CANNOT_SHOW}
+            rows[-1] |= {
+                "unit": module.UNIT,
+                "source": module.SOURCE,
+                "cannot_show": module.CANNOT_SHOW,
+            }
     if args.json:
         say(json.dumps(rows, indent=1))
         return 0

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from med_gradcam import _plugins
 from med_gradcam.bundle import Bundle
+from med_gradcam.calibration import ALL_LAYERS, from_case
 from med_gradcam.errors import (
     MedGradcamError,
     OutputExistsError,
@@ -26,31 +29,42 @@ from med_gradcam.record import to_json, to_record
 from med_gradcam.volume import Volume, taken_as
 
 WRITERS = {"nifti": "nifti", "png": "png", "dicom": "dicom_parametric_map"}
+LAYERS = "layers.json"  # of a folder with one explanation per layer
 
 
-def check_names(formats: Sequence[str]) -> None:
-    """Refuse names of formats that cannot be written.
+def check_names(formats: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of the wished formats, each once; a text such as "nifti,png" names several.
 
     Raises:
-        UnknownNameError: with the near ones.
+        UsageError: neither a text nor a list of them.
+        UnknownNameError: a format that cannot be written, with the near ones.
     """
-    for name in formats:
+    wished: object = formats.split(",") if isinstance(formats, str) else formats
+    given = list(wished) if isinstance(wished, Iterable) else [wished]
+    names = [name.strip() for name in given if isinstance(name, str)]
+    if len(names) < len(given):
+        raise UsageError(
+            f"expected names of formats ({', '.join(WRITERS)}) in a list, got {formats!r}."
+        )
+    names = [name for name in names if name]
+    for name in names:
         if name not in WRITERS:
             raise UnknownNameError("output format", name, WRITERS)
+    return tuple(dict.fromkeys(names))
 
 
-def check_formats(formats: Sequence[str], volume: Volume | None) -> tuple[str, ...]:
+def check_formats(formats: str | Sequence[str], volume: Volume | None) -> tuple[str, ...]:
     """The wished formats, each known and possible.
 
     Raises:
         UnknownNameError: a format that cannot be written.
-        UsageError: DICOM without a DICOM source.
+        UsageError: no names at all, or DICOM without a DICOM source.
     """
-    check_names(formats)
-    reason = _no_dicom(volume) if "dicom" in formats else None
+    wished = check_names(formats)
+    reason = _no_dicom(volume) if "dicom" in wished else None
     if reason is not None:
         raise UsageError(reason)
-    return tuple(dict.fromkeys(formats))
+    return wished
 
 
 def default_formats(volume: Volume) -> tuple[str, ...]:
@@ -90,7 +104,7 @@ def _check_ours(folder: Path, *, overwrite: bool) -> None:
             f"--overwrite to replace it whole."
         )
     ours = folder.is_dir() and (
-        any((folder / name).is_file() for name in ("explanation.json", "demo.json"))
+        any((folder / name).is_file() for name in ("explanation.json", "demo.json", LAYERS))
         or not any(folder.iterdir())
     )
     if not ours:
@@ -105,16 +119,16 @@ def write(  # noqa: PLR0913 - the door out, as explain() is the door in
     directory: str | Path,
     *,
     volume: Volume | None = None,
-    formats: Sequence[str] = ("nifti", "png"),
+    formats: str | Sequence[str] = ("nifti", "png"),
     overwrite: bool = False,
     identified: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Write the maps of an explanation into a new folder, all files or none; returns the folder.
 
-    `volume`: the scan, drawn under the pictures and needed for DICOM. `formats`: nifti, png, dicom;
-    explanation.json is always written. Without `identified` no name, id, path or file name of the
-    source goes into any file.
+    `volume`: the scan, drawn under the pictures and needed for DICOM. `formats`: nifti, png, dicom,
+    in a list or as "nifti,png"; explanation.json is always written. Without `identified` no name,
+    id, path or file name of the source goes into any file.
 
     Raises:
         UsageError: unknown formats, or a folder that exists.
@@ -124,16 +138,66 @@ def write(  # noqa: PLR0913 - the door out, as explain() is the door in
     wished = check_formats(formats, volume)
     check_output(folder, overwrite=overwrite)
     with staged(folder) as partial:
-        maps = draw(explanation)
         scan = None if volume is None else taken_as(volume, explanation.modality)
-        bundle = Bundle(explanation, maps, scan, identified)
-        for done, name in enumerate(wished):
-            progress(Step(done, len(wished) + 1, f"writing {name}"))
-            _plugins.load("formats", WRITERS[name]).save(bundle, partial)
-        text = to_json(to_record(explanation, maps))
-        (partial / "explanation.json").write_text(text, encoding="utf-8")
-        progress(Step(len(wished), len(wished) + 1, "writing"))
+        bundle = Bundle(explanation, draw(explanation), scan, identified)
+        _fill(partial, bundle, wished, progress)
     return folder
+
+
+def write_layers(  # noqa: PLR0913 - as write()
+    explanations: Sequence[Explanation],
+    directory: str | Path,
+    *,
+    volume: Volume | None = None,
+    formats: str | Sequence[str] = ("nifti", "png"),
+    overwrite: bool = False,
+    identified: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Write one scan's explanations at several layers, one sub-folder each, all files or none.
+
+    All are drawn on one colour scale, whose peak is the largest of theirs, so that they can be
+    compared; a scale that the model brings for one of the layers is set aside. layers.json holds
+    the records. The rest as write().
+
+    Raises:
+        UsageError, ResourceError: as write().
+    """
+    folder = Path(directory)
+    wished = check_formats(formats, volume)
+    check_output(folder, overwrite=overwrite)
+    plain = [e.replace(calibration=None) for e in explanations]
+    records = []
+    with staged(folder) as partial:
+        peak = max((draw(e).signed.peak for e in plain), default=0.0)
+        for name, e in zip(folder_names(plain), plain, strict=True):
+            scan = None if volume is None else taken_as(volume, e.modality)
+            scale = from_case(peak, e.target.label, e.method, ALL_LAYERS)
+            bundle = Bundle(e, draw(e).on_scale(scale), scan, identified)
+            (partial / name).mkdir()
+            records.append({"folder": name, **_fill(partial / name, bundle, wished, progress)})
+        (partial / LAYERS).write_text(to_json(records), encoding="utf-8")
+    return folder
+
+
+def folder_names(explanations: Sequence[Explanation]) -> list[str]:
+    """Names of sub-folders by number and layer: 1_block4, 2_block3."""
+    wide = len(str(len(explanations)))
+    layers = [re.sub(r"[^\w.@+-]+", "_", e.layer, flags=re.ASCII)[:80] for e in explanations]
+    return [f"{n:0{wide}d}_{layer}" for n, layer in enumerate(layers, start=1)]
+
+
+def _fill(
+    folder: Path, bundle: Bundle, formats: Sequence[str], progress: Progress
+) -> dict[str, Any]:
+    """Write one explanation's files; returns its record."""
+    for done, name in enumerate(formats):
+        progress(Step(done, len(formats) + 1, f"writing {name}"))
+        _plugins.load("formats", WRITERS[name]).save(bundle, folder)
+    record = to_record(bundle.explanation, bundle.maps)
+    (folder / "explanation.json").write_text(to_json(record), encoding="utf-8")
+    progress(Step(len(formats), len(formats) + 1, "writing"))
+    return record
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from med_gradcam import delivery, loading, samples
-from med_gradcam.errors import ImageError
+from med_gradcam.errors import ImageError, UsageError
 from med_gradcam.explanation import Explanation
 from med_gradcam.model import Model
 from med_gradcam.volume import Volume
@@ -57,3 +57,20 @@ def run(folder: Path, args: argparse.Namespace, explain: Explain) -> Finished:
         text = json.dumps([case.record for case in cases], indent=1)
         (partial / "demo.json").write_text(text, encoding="utf-8")
     return Finished(tuple(cases), folder / plan[0]["name"])
+
+
+def show(folder: Path) -> None:
+    """Open an output folder in napari, until its window is closed.
+
+    Raises:
+        UsageError: napari is not installed.
+    """
+    try:
+        import napari
+    except ImportError as error:
+        raise UsageError(
+            "expected napari for --open; install it with: pip install 'med-gradcam[napari]' PyQt6."
+        ) from error
+    viewer = napari.Viewer()
+    viewer.open(folder, plugin="med-gradcam")
+    napari.run()

@@ -12,8 +12,19 @@ import torch
 from med_gradcam import _plugins, extras, many, targeting
 from med_gradcam.case import Case
 from med_gradcam.errors import UnknownNameError, UsageError
+from med_gradcam.explaining import explained
 from med_gradcam.explanation import Explanation
-from med_gradcam.intake import Asked, Request, as_model, as_volume, asked, eager, plain
+from med_gradcam.intake import (
+    Asked,
+    Request,
+    as_model,
+    as_volume,
+    asked,
+    check_progress,
+    eager,
+    plain,
+)
+from med_gradcam.observe import Known
 from med_gradcam.prepare import prepare
 from med_gradcam.progress import Progress, Step, silent
 from med_gradcam.running import network_errors, stoppable
@@ -30,11 +41,12 @@ def explain(  # noqa: PLR0913 - the one door; each setting is a key of the JSON
     output: str = "",
     layer: str = "auto",
     method: str = "secant",
-    reference: str | Volume = "auto",
+    reference: str | Volume | Sequence[Volume] = "auto",
     at: str | None = None,
     precise: bool = False,
     quick: bool = False,
     alignment: Literal["nominal", "measured"] = "nominal",
+    fast: bool = False,
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -54,24 +66,23 @@ def explain(  # noqa: PLR0913 - the one door; each setting is a key of the JSON
     "auto", a module path, an alias, "@input" (the voxels themselves) or, for secant, "a+b+c", a cut
     whose maps are added; `at`: the centre of the patch; `precise`: integrals within 1 % instead of
     5 %; `quick`: the coarsest layer, untested, in about two forwards; `alignment`: "nominal" cells
-    as the network is built, or "measured" by what they see; `inputs`: what else the network takes,
-    by name, or a tuple with ... where the scan goes. The model comes back bit for bit as it was.
+    as the network is built, or "measured" by what they see; `fast`: what comes before the layers
+    fused and checked once; `inputs`: what else the network takes, by name, or a tuple with ...
+    where the scan goes. The model comes back bit for bit as it was.
 
     Raises:
-        UsageError: an unknown target, layer or method, or a missing point.
-        ImageError, ModelError: scan and network do not fit.
+        UsageError, ImageError, ModelError: a setting that is none; scan and network do not fit.
         CannotExplainError: no honest map exists; `reason` says why.
         ResourceError, Cancelled: out of memory; `progress` raised it.
     """
-    wish = targeting.asked(target)
     request = Request(
-        wish, str(layer), method, reference, at, precise, device, threads, seed, progress, output,
-        quick, alignment,
+        targeting.asked(target), str(layer), method, reference, at, precise, device, threads, seed,
+        progress, output, quick, alignment, fast,
     )  # fmt: skip
     if request.layer == "all":
         raise UsageError("expected one layer, or explain_many(..., layer='all') for all of them.")
     with prepared_cases([image], model, request, (affine, link, extras.check(inputs))) as (case,):
-        return case.explained()
+        return explained(case)
 
 
 def explain_many(
@@ -101,17 +112,25 @@ def explain_many(
         raise UsageError(f"expected a list of scans, got {type(images).__name__}.")
     if batch < 1:
         raise UsageError(f"expected a batch of at least one scan, got {batch}.")
+    if isinstance(target, list) and not target:
+        raise UsageError("expected at least one target, got an empty list.")
     progress = settings.get("progress", silent)
+    check_progress(progress)
     made: list[Explanation] = []
+    known = Known() if len(images) > 1 else None
     for first in range(0, len(images), batch):
         some = images[first : first + batch]
         progress(Step(first, len(images), f"scan {first + 1} of {len(images)}"))
-        made += _some(some, model, (target, str(layer), method), settings)
+        made += _some(some, model, (target, str(layer), method), settings, known)
     return tuple(made)
 
 
 def _some(
-    images: Sequence[object], model: object, what: tuple[object, str, str], settings: dict[str, Any]
+    images: Sequence[object],
+    model: object,
+    what: tuple[object, str, str],
+    settings: dict[str, Any],
+    known: Known | None,
 ) -> list[Explanation]:
     """One batch: from one forward where the method allows it, else one after the other."""
     target, layer, method = what
@@ -129,6 +148,8 @@ def _some(
     )
     own = given["affine"], given["link"], extras.check(given["inputs"])
     with prepared_cases(images, model, request, own) as cases:
+        for case in cases:
+            case.others = known
         module = cases[0].method
         tested = layer in ("auto", "fused")  # by each target of its own
         if not module.USES_REFERENCE and module.LEVEL == "layer" and not tested:
@@ -147,7 +168,7 @@ def _one_scan(case: Case, wanted: list[Asked] | None, *, shared: bool) -> list[E
     made = []
     for one in many.all_outputs(case) if wanted is None else wanted:
         case.begin(replace(request, target=one))
-        made += many.each(case) if request.layer == "all" else [case.explained()]
+        made += many.each(case) if request.layer == "all" else [explained(case)]
     return made
 
 
@@ -157,6 +178,10 @@ def prepared_cases(
 ) -> Iterator[list[Case]]:
     """The scans prepared, the network at rest on its device; afterwards all as it was."""
     affine, link, others = own
+    if request.fast and others:
+        raise UsageError(
+            "expected no other inputs beside fast, which traces the scan's path alone."
+        )
     model = plain(model)
     with at_rest(model) if isinstance(model, torch.nn.Module) else nullcontext():
         found = as_model(model, images[0], link)  # reads the weights: no other thread at work

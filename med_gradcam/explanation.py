@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,13 @@ from med_gradcam.target import Target
 
 Status = Literal["complete", "not_converged", "not_a_cut", "no_sum"]
 How = Literal["exact", "measured", "assumed"]
+# What a cell's number is: an amount of the score; how fast the score moves with the network's
+# input; or neither: such numbers compare places of one map, and nothing else.
+Measure = Literal["score", "score per input unit", "relative units"]
 STATUS_WORDS: dict[str, str] = {
     "complete": "the map adds up to the score's difference from the reference",
     "not_converged": "the integral has not converged: the map does not add up",
-    "not_a_cut": "part of the score flows past this layer: the map leaves that part out",
+    "not_a_cut": "part of the score flows past this layer or has no place: it is not in the map",
     "no_sum": "this method does not promise a sum",
 }
 Notice = Literal[
@@ -109,16 +112,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Explanation:
-    """Signed evidence (i, j, k) float32 per cell of `layer`, in the target's unit (log-odds).
+    """Signed evidence (i, j, k) float32 per cell of `layer`, in `unit`, which `measure` decides.
 
     `grid`: where the cells lie (the network's axes); `image`: the scan's own grid; `score` and
     `reference_score` of the model; `bypassed`: the share of their difference that does not pass
     through the layer. Positive cells raise the model's score, negative ones lower it. `parts`: the
     layers of a cut of several, whose maps are added on the finest one's cells; `notices`: what is
-    easily misread in a picture of this map.
+    easily misread in a picture of this map. Not `signed`: the method's map has no sign, so it shows
+    where it is strong and neither for nor against; no cell is below 0.
 
     Raises:
-        InputError: evidence or score is not finite, or the evidence is not on its grid.
+        InputError: evidence or score is not finite, the evidence is not on its grid, or a map
+            without a sign has one.
     """
 
     evidence: npt.NDArray[np.float32] = field(repr=False)
@@ -142,6 +147,8 @@ class Explanation:
     warnings: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
     notices: tuple[Notice, ...] = ()
+    measure: Measure = "score"
+    signed: bool = True
 
     def __post_init__(self) -> None:
         evidence = np.array(self.evidence, dtype=np.float32)
@@ -154,8 +161,17 @@ class Explanation:
                 f"expected finite evidence, got {int((~np.isfinite(evidence)).sum())} "
                 f"NaN or infinite cells."
             )
+        if not self.signed and (evidence < 0).any():
+            raise InputError(
+                f"expected no cell below 0 in a map without a sign, got {int((evidence < 0).sum())}"
+                f" of them; say signed=True if they lower the score."
+            )
         if self.status not in STATUS_WORDS:
             raise InputError(f"expected a status of {list(STATUS_WORDS)}, got {self.status!r}.")
+        if self.measure not in get_args(Measure):
+            raise InputError(
+                f"expected a measure of {list(get_args(Measure))}, got {self.measure!r}."
+            )
         unknown = [notice for notice in self.notices if notice not in NOTICE_WORDS]
         if unknown:
             raise InputError(f"expected notices of {list(NOTICE_WORDS)}, got {unknown[0]!r}.")
@@ -208,8 +224,11 @@ class Explanation:
 
     @property
     def unit(self) -> str:
-        """Unit of the evidence: "log-odds" or "score"."""
-        return self.target.unit
+        """Unit of the evidence: the score's own, that "per input unit", or "relative units".
+
+        The score's own, of `score` and `reference_score` too, is `target.unit`.
+        """
+        return self.measure.replace("score", self.target.unit)
 
     @property
     def cell_mm(self) -> tuple[float, float, float]:

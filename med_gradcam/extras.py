@@ -20,6 +20,11 @@ def check(extras: object) -> Extras:
     Raises:
         UsageError: they are neither, or hold several places for the scan.
     """
+    if isinstance(extras, Mapping) and any(value is ... for value in extras.values()):
+        raise UsageError(
+            "expected no ... among inputs by name, which is for a tuple; the scan goes first, name "
+            "the others only."
+        )
     if extras is None or isinstance(extras, Mapping):
         return extras
     if not isinstance(extras, (tuple, list)):

@@ -5,10 +5,11 @@ One pass on shapes alone (meta tensors) follows every operation.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from med_gradcam.errors import MedGradcamError
+from med_gradcam.flow import Flow
 from med_gradcam.outputs import first_tensor
-from med_gradcam.receptive import Lattice, follow, lattice, of_input
+from med_gradcam.places import Places
+from med_gradcam.receptive import LOST, RULES, Known, Lattice, follow, lattice, of_input
+from med_gradcam.windows import WINDOWS
 
 _NORMS = ("instance_norm", "group_norm", "layer_norm", "rms_norm")
+_BY_THE_INPUT = {"instance_norm": "use_input_stats", "batch_norm": "training"}
 _PASSED_ON = (
     "clone",
     "contiguous",
@@ -39,8 +44,10 @@ class LayerInfo:
 
     Module path and class, output shape (C, i, j, k), its cells (None where an operation without a
     rule came before), the work done up to and including it in flops, whether its output is the
-    network's output, how often it ran, and whether all that takes its output is an Instance,
-    Group or LayerNorm.
+    network's output, how often it ran, and whether all that takes its output are norms that remove
+    each channel's mean over the places. `past`: a path from the input to the output avoids it. For
+    a network that puts out a map, `context` is the share of what a voxel of the map sees that is
+    gathered behind the layer, and `pointwise` says that behind it each cell only sees itself.
     """
 
     name: str
@@ -51,6 +58,9 @@ class LayerInfo:
     is_output: bool = False
     runs: int = 1
     feeds_norm: bool = False
+    past: bool = False
+    context: float = 1.0
+    pointwise: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +98,13 @@ class _Follow(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.places: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.flow = Flow()
         self.flops = 0.0
+
+    def begin(self, x: torch.Tensor) -> None:
+        """The network's input."""
+        self.places[x] = of_input(x.shape)
+        self.flow.begin(x)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -101,14 +117,32 @@ class _Follow(TorchDispatchMode):
         else:  # an operation per value put out
             self.flops += sum(t.numel() for t in _tensors(out))
         known = [(t, self.places[t]) for t in _tensors(args) if t in self.places]
-        if known:
-            for turn, result in enumerate(_tensors(out)):
-                places = follow(packet, args, known, result, turn)
-                if places is None:
-                    self.places.pop(result, None)  # done in place: what it held before is gone
-                else:
-                    self.places[result] = places
+        aside = []
+        for turn, result in enumerate(_tensors(out)):
+            places = follow(packet, args, known, result, turn) if known else None
+            aside.append(_aside(packet, known, places, result) if known else 0.0)
+            if places is not None:
+                self.places[result] = places
+            elif known:
+                self.places.pop(result, None)  # done in place: what it held before is gone
+        ins = [*_tensors(args), *_tensors(kwargs or {})]
+        self.flow.step(func, ins, [*_tensors(out)], aside)
         return out
+
+
+def _aside(packet: Any, known: Known, places: Places | None, out: torch.Tensor) -> float:
+    """How much further a result sees than what it was made of, voxels, summed over the axes.
+
+    One number for all places (a gate, a statistic) is none: it tells no place from another.
+    """
+    if packet in LOST:
+        return math.inf
+    if packet not in RULES or max(out.shape[2:], default=1) == 1:
+        return 0.0  # where branches meet each gives an element its own
+    if places is None:
+        return math.inf if packet in WINDOWS else 0.0
+    before = [max(own.field[n] for _, own in known) for n in range(3)]
+    return sum(max(after - b, 0.0) for after, b in zip(places.field, before, strict=True))
 
 
 class _Consumers(TorchFunctionMode):
@@ -134,15 +168,34 @@ class _Consumers(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         self.norms |= name in _NORMS
+        trap = _takes_the_mean(name, args, kwargs or {})
         if owners and name in _PASSED_ON and isinstance(out, torch.Tensor):
             self.owners[out] = tuple(owners)
         elif owners and any(True for _ in _tensors(out)):  # asking for a shape consumes nothing
-            (self.norm if name in _NORMS else self.other).update(owners)
+            (self.norm if trap else self.other).update(owners)
         return out
 
     def only_norms(self, name: str) -> bool:
-        """Whether the layer's output went into norms and nothing else."""
+        """Whether the layer's output went into norms that take its mean, and nothing else."""
         return self.norm[name] > 0 and self.other[name] == 0
+
+
+def _takes_the_mean(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function takes each channel's own mean over places away from its input.
+
+    Stored statistics take none, an RMSNorm neither; a group of several channels, or a norm over
+    channels, takes one mean from all of them.
+    """
+
+    def given(position: int, word: str, default: Any) -> Any:
+        return args[position] if len(args) > position else kwargs.get(word, default)
+
+    x = given(0, "input", None)
+    if name in ("instance_norm", "batch_norm"):  # by name or by place, the sixth
+        return bool(given(5, _BY_THE_INPUT[name], name == "instance_norm"))
+    if name == "group_norm":
+        return bool(given(1, "num_groups", 1) == x.shape[1])
+    return name == "layer_norm" and len(given(1, "normalized_shape", ())) <= x.ndim - 2
 
 
 @dataclass(slots=True)
@@ -151,6 +204,7 @@ class _Recorder:
     consumers: _Consumers
     layers: list[LayerInfo] = field(default_factory=list)
     last: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, int | None] = field(default_factory=dict)
 
     def hook(self, name: str) -> Callable[..., None]:
         def record(module: torch.nn.Module, inputs: Any, out: Any) -> None:
@@ -166,6 +220,7 @@ class _Recorder:
             )
             self.layers.append(info)
             self.last[name] = out
+            self.values[name] = self.mode.flow.number(out)
             self.consumers.own(name, out)
 
         return record
@@ -232,24 +287,63 @@ def _run(net: torch.nn.Module, what: tuple[torch.Tensor, Callable[[], Any]], pla
     ]
     try:
         with torch.no_grad(), recorder.mode, recorder.consumers:
-            recorder.mode.places[x] = of_input(x.shape)
+            recorder.mode.begin(x)
             out = call()
     finally:
         for handle in handles:
             handle.remove()
     output = _scores(out, place)
     counts = Counter(info.name for info in recorder.layers)
+    paths = _Paths.of(recorder.mode.flow, out if output is None else output, x)
     layers = tuple(
-        LayerInfo(
-            info.name,
-            info.kind,
-            info.shape,
-            info.lattice,
-            info.flops,
+        replace(
+            info,
             is_output=recorder.last[info.name] is output,
             runs=counts[info.name],
             feeds_norm=recorder.consumers.only_norms(info.name),
+            past=paths.past(recorder.values[info.name]),
+            context=paths.context(recorder.values[info.name]),
+            pointwise=paths.pointwise(recorder.values[info.name], info.shape),
         )
         for info in recorder.layers
     )
     return Trace(layers, recorder.mode.flops, recorder.consumers.norms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Paths:
+    """What the paths to the output say of a value.
+
+    The values that all of them pass through; how far the output looks beyond each value that leads
+    to it, at most `extent` (the sides of the input, summed); its cells if it is a map, else none.
+    """
+
+    cuts: frozenset[int]
+    behind: Mapping[int, float]
+    extent: float
+    cells: tuple[int, ...]
+
+    @classmethod
+    def of(cls, flow: Flow, out: Any, x: torch.Tensor) -> _Paths:
+        """Those of an output of the network."""
+        ends = [n for n in map(flow.number, _tensors(out)) if n is not None]
+        cells = tuple(out.shape[2:]) if isinstance(out, torch.Tensor) and out.ndim == 5 else ()
+        cells = cells if max(cells, default=1) > 1 else ()
+        return cls(flow.cuts(ends), flow.behind(ends), float(sum(x.shape[2:])), cells)
+
+    def past(self, value: int | None) -> bool:
+        """Whether a path avoids a value; not said where no path is known at all."""
+        return bool(self.behind) and value not in self.cuts
+
+    def _beyond(self, value: int | None) -> float:
+        return min(self.behind.get(-1 if value is None else value, 0.0), self.extent)
+
+    def context(self, value: int | None) -> float:
+        """The share of what a voxel of the map sees that is gathered behind a value, 0..1."""
+        whole = self._beyond(0)
+        return self._beyond(value) / whole if self.cells and whole else 1.0
+
+    def pointwise(self, value: int | None, shape: Sequence[int]) -> bool:
+        """Whether behind a value with the cells of the map each of them only sees itself."""
+        own = bool(self.cells) and tuple(shape[1:]) == self.cells and value in self.behind
+        return own and self._beyond(value) == 0.0

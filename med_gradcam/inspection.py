@@ -8,6 +8,7 @@ from typing import Any
 from med_gradcam.errors import CannotExplainError, ModelError
 from med_gradcam.geometry import point_words
 from med_gradcam.graph import LayerInfo, Trace, trace
+from med_gradcam.intake import as_model, eager
 from med_gradcam.layers import candidates
 from med_gradcam.model import Model
 from med_gradcam.outcome import NORMAL
@@ -46,9 +47,11 @@ def inspect(
     """What a model expects and which of its layers can be explained, with cells in mm.
 
     `volume` and `at` try it on a scan; without one the model's own patch and spacing are used.
+    A compiled network is looked at as the one that it was made from, as explain does.
     """
     if not isinstance(model, Model):
         raise ModelError(f"expected a Model (med_gradcam.load_model), got {type(model).__name__}.")
+    model = as_model(model, volume, None)
     spec = model.input
     if volume is not None:
         prepared = prepare(volume, model, at)
@@ -56,7 +59,7 @@ def inspect(
     else:
         shape = (spec.channels, *(spec.patch or spec.min_patch or _TRY))
         spacing = spec.spacing_mm or (1.0, 1.0, 1.0)
-    with at_rest(model.net), network_errors(model, shape, MISFIT):
+    with at_rest(model.net), eager(model.net), network_errors(model, shape, MISFIT):
         traced = trace(model.net, shape)
         chosen = candidates(model, traced)
         shown = traced.layers if every else chosen
@@ -124,7 +127,11 @@ def _guard(info: LayerInfo) -> str:
         return "logits"
     if info.runs > 1:
         return "shared layer"
-    return "norm trap" if info.feeds_norm else "ok"
+    if info.pointwise:
+        return "pointwise"
+    if info.feeds_norm:
+        return "norm trap"
+    return "not a cut" if info.past else "ok"
 
 
 def as_text(report: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -22,11 +22,13 @@ from med_gradcam.models.python_factory import weights_digest
 from med_gradcam.prepare import Prepared
 from med_gradcam.progress import Progress
 from med_gradcam.provenance import Provenance
+from med_gradcam.reference import value_of
 from med_gradcam.target import LINKS, Target
 from med_gradcam.volume import Volume
 
 # CLASS@mask:FILE and so on; a label may hold an @ of its own.
 _PLACED = re.compile(r"(.+)@(mask|component|voxel|box):(.+)", re.DOTALL)
+REFERENCES = ("auto", "tissue", "zero")
 _COMPILED = "OptimizedModule"  # what torch.compile returns; by name, its own module loads slowly
 
 
@@ -95,7 +97,7 @@ class Request:
     target: Asked
     layer: str
     method: str
-    reference: str | Volume
+    reference: str | Volume | Sequence[Volume]
     at: str | None
     precise: bool
     device: str
@@ -105,6 +107,7 @@ class Request:
     output: str = ""
     quick: bool = False
     alignment: Literal["nominal", "measured"] = "nominal"
+    fast: bool = False
 
     def __post_init__(self) -> None:
         if self.alignment not in ("nominal", "measured"):
@@ -118,11 +121,27 @@ class Request:
                 f"expected the place of an output as text such as 'logits' or '[0]', "
                 f"got {type(self.output).__name__}."
             )
-        if not isinstance(self.reference, (str, Volume)):
+        self._check_kinds()
+        if not isinstance(self.reference, (str, Volume, list, tuple)):
             raise UsageError(
-                f"expected a reference of auto, tissue, zero, value:X or a Volume, "
+                f"expected a reference of auto, tissue, zero, value:X or a Volume (or several), "
                 f"got {type(self.reference).__name__}."
             )
+
+        if isinstance(self.reference, str) and self.reference not in REFERENCES:
+            value_of(self.reference)  # also where the method has no use for it: a slip of the pen
+
+    def _check_kinds(self) -> None:
+        """What the settings are made of, before anything is run with them."""
+        if not isinstance(self.method, str):
+            raise UsageError(
+                f"expected the name of a method such as 'secant', got {type(self.method).__name__}."
+            )
+        if self.threads is not None and not isinstance(self.threads, (int, np.integer)):
+            raise UsageError(
+                f"expected a whole number of threads or None, got {type(self.threads).__name__}."
+            )
+        check_progress(self.progress)
 
     @contextmanager
     def threads_set(self) -> Iterator[None]:
@@ -161,8 +180,29 @@ class Request:
             model.net.to(here)
 
 
+def check_progress(progress: object) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        UsageError: it is no function.
+    """
+    if not callable(progress):
+        raise UsageError(
+            f"expected a function of a Step as progress, got {type(progress).__name__}."
+        )
+
+
 def plain(model: object) -> object:
-    """The module inside torch.compile's wrapper; anything else as it is."""
+    """The module inside torch.compile's wrapper; anything else as it is.
+
+    Raises:
+        ModelError: TorchScript.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "expected a plain torch module, got TorchScript, which cannot be explained yet; use "
+            "the module it was made from."
+        )
     if isinstance(model, torch.nn.Module) and type(model).__name__ == _COMPILED:
         return plain(model.get_submodule("_orig_mod"))
     return model
@@ -206,11 +246,6 @@ def as_model(model: object, image: object, link: str | None) -> Model:
         if link is not None:
             raise UsageError("expected no link beside a Model, which has one of its own.")
         return _uncompiled(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            "expected a plain torch module, got TorchScript, which cannot be explained yet; use "
-            "the module it was made from."
-        )
     if not isinstance(model, torch.nn.Module):
         raise ModelError(
             f"expected a Model (med_gradcam.load_model) or a torch module, "
@@ -293,11 +328,12 @@ def provenance(
         "output": request.output or None,
         "layer": request.layer,
         "method": request.method,
-        "reference": "file" if isinstance(wish, Volume) else wish,
+        "reference": wish if isinstance(wish, str) else "file",
         "at": request.at,
         "precise": request.precise,
         "quick": request.quick,
         "alignment": request.alignment,
+        "fast": request.fast,
     }
     first = next(model.net.parameters(), torch.empty(0))
     return Provenance(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,11 @@ MOST_CANDIDATES = 4
 INPUT_CELLS = Cells((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "exact")
 # Layers that only move or pick values: the layer before them says the same with more places.
 _PASSIVE = ("Pool", "Pad", "Dropout", "Identity", "Upsample", "Flatten", "Unflatten")
+OWN_PLACE = (
+    "behind the layer {!r} each cell only sees itself, but for what norms and gates take of all: "
+    "its map is the target's own region, whatever the model looked at; choose an earlier layer"
+)
+HALF = 0.5  # the least share of what a voxel of a map sees that is gathered behind a candidate
 
 
 def find_layer(model: Model, name: str) -> tuple[str, torch.nn.Module]:
@@ -136,37 +142,118 @@ def _without_logits(found: Sequence[LayerInfo]) -> list[LayerInfo]:
     return kept
 
 
+def _tried(trace: Trace) -> list[LayerInfo]:
+    """The layers worth trying of each resolution: cuts, with half the context behind, if any.
+
+    Never one behind which each cell only sees itself: like the logits, its map is the target's own
+    region. Nor, if there is another, one behind which little of the context is gathered: its map
+    is that region with a margin.
+    """
+    pool = [
+        info
+        for info in _without_logits(trace.layers)
+        if _usable(info)
+        and info.lattice is not None
+        and not info.pointwise
+        and not any(word in info.kind for word in _PASSIVE)
+    ]
+    pool = [info for info in pool if info.context >= HALF] or pool
+    return [info for info in pool if not info.past] or pool
+
+
 def candidates(model: Model, trace: Trace, *, every: bool = False) -> list[LayerInfo]:
     """At most four layers worth trying (or `every` one), coarsest first.
 
     Where the model names layers of its own (aliases) these are taken, else the last layer of each
-    resolution; in both cases only layers with more than one cell per axis, and never the output.
-    Of a network that puts out a map, nor the last convolution, whose output are logits, too.
+    resolution; in both cases only layers with more than one cell per axis, never the output or what
+    says no more than it, and where some are cuts, no layer that a path leads past.
     """
     named = [info for path in model.aliases.values() if (info := trace.find(path)) is not None]
+    kept = [info for info in named if _usable(info) and not info.pointwise]
+    kept = [info for info in kept if not info.past] or kept
     if not named:
-        last: dict[tuple[float, ...], LayerInfo] = {}
-        for info in _without_logits(trace.layers):
-            passive = any(word in info.kind for word in _PASSIVE)
-            if not passive and info.lattice is not None and info.runs == 1:
-                last[info.lattice.jump] = info
-        named = list(last.values())
-    usable = [info for info in named if _usable(info)]
-    usable.sort(key=lambda info: info.shape[1] * info.shape[2] * info.shape[3])
-    return usable if every else usable[:MOST_CANDIDATES]
+        kept = _last_of_each(_tried(trace))
+    kept.sort(key=_cells)
+    return kept if every else kept[:MOST_CANDIDATES]
+
+
+def passed_over(model: Model, trace: Trace) -> list[tuple[str, str]]:
+    """The coarsest layers that would be candidates but for what is behind or beside them, and why.
+
+    Only of resolutions that no candidate has.
+    """
+    found = candidates(model, trace, every=True)
+    paths = model.aliases.values()
+    own = [info for info in trace.layers if info.name in paths] or [
+        info
+        for info in _without_logits(trace.layers)
+        if info.lattice is not None and not any(word in info.kind for word in _PASSIVE)
+    ]
+    left = _last_of_each([info for info in own if _usable(info)])
+    have = {_jump(info) for info in found}
+    left = [info for info in left if _jump(info) not in have]
+    left.sort(key=_cells)
+    return [(info.name, _why(info)) for info in left[:MOST_CANDIDATES]]
+
+
+def _why(info: LayerInfo) -> str:
+    if info.pointwise:
+        return "pointwise"
+    return "not a cut" if info.past else "little context"
+
+
+def _last_of_each(infos: Sequence[LayerInfo]) -> list[LayerInfo]:
+    return list({_jump(info): info for info in infos}.values())
+
+
+def _jump(info: LayerInfo) -> object:
+    return info.name if info.lattice is None else info.lattice.jump
+
+
+def _cells(info: LayerInfo) -> int:
+    return info.shape[1] * info.shape[2] * info.shape[3]
 
 
 def some(model: Model, trace: Trace, *, every: bool = False) -> list[LayerInfo]:
-    """The candidates, at least one.
+    """The candidates; the input itself where all layers are no more than the output.
 
     Raises:
         CannotExplainError: there is none.
     """
     found = candidates(model, trace, every=every)
-    if not found:
+    if found:
+        return found
+    if any(info.pointwise and _usable(info) for info in trace.layers):
+        return [check_places(None, INPUT)]
+    shared = [i.name for i in trace.layers if i.runs > 1 and _usable(replace(i, runs=1))]
+    if shared:
+        raise CannotExplainError(
+            "shared layer",
+            f"expected a layer with more than one cell along each axis that runs once per scan, "
+            f"all of the network's run several times (shared, such as {shared[-1]!r}); name "
+            f"--layer @input.",
+        )
+    raise CannotExplainError(
+        "no layer",
+        "expected a layer with more than one cell along each axis, the network has none "
+        "for this input; name a layer with --layer.",
+    )
+
+
+def beside(model: Model, trace: Trace, named: Sequence[str]) -> str:
+    """The layer beside the input: the one that was named, else the coarsest candidate.
+
+    Raises:
+        CannotExplainError: none was named, and there is no candidate.
+    """
+    found = [name for name in (find_layer(model, one)[0] for one in named) if name != INPUT]
+    if found:
+        return check_places(trace.find(found[0]), found[0]).name
+    first = some(model, trace)[0].name
+    if first == INPUT:
         raise CannotExplainError(
             "no layer",
-            "expected a layer with more than one cell along each axis, the network has none "
-            "for this input; name a layer with --layer.",
+            "expected a layer with more behind it than single cells, the network has none; name "
+            "the layer beside the input with --layer.",
         )
-    return found
+    return first

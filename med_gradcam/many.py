@@ -13,9 +13,10 @@ from med_gradcam.capture import Capture, capture_all
 from med_gradcam.capture import outputs as plain
 from med_gradcam.case import UNREPEATED, Case
 from med_gradcam.errors import CannotExplainError, UsageError
+from med_gradcam.explaining import result
 from med_gradcam.explanation import Explanation
 from med_gradcam.intake import Asked
-from med_gradcam.observe import Observed, Pairing, cost, paired
+from med_gradcam.observe import Observed, Pairing, cost, paired, same_target
 from med_gradcam.reference import ReferenceInput
 from med_gradcam.tail import check_repeats
 from med_gradcam.target import Target
@@ -48,13 +49,14 @@ def from_one_forward(cases: Sequence[Case], wanted: list[Asked] | None) -> list[
             picked.append([_pick(case, one, own) for one in asked[-1]])
         return _agreed(picked)
 
-    _, found = capture_all(first.model.net, names, x, choose)
+    with first.hurried(names, x):
+        _, found = capture_all(first.model.net, names, x, choose)
     if len(cases) > 1 and not _alone_the_same(cases[-1], found[-1][0][names[0]]):
         return [one for case in cases for one in from_one_forward([case], wanted)]
     shares = 1.0 / len(cases) if len(cases) > 1 else 0.0  # the scan that ran alone, too
-    made = []
+    made, built = [], first.forwards
     for case, rows, wishes in zip(cases, found, asked, strict=True):
-        forwards = 1.0 + shares
+        forwards, built = 1.0 + shares + built, 0.0
         for row, wish in zip(rows, wishes, strict=True):
             case.begin(replace(case.request, target=wish))
             case.forwards, forwards = forwards, 0.0
@@ -94,11 +96,14 @@ def from_one_pair(case: Case, wanted: list[Asked] | None) -> list[Explanation]:
         wishes.extend(wanted if wanted is not None else _all(case, output))
         return [_pick(case, one, output) for one in wishes]
 
-    how = Pairing(cut=len(case.named()) > 1, check=not case.request.quick)
-    found = paired(case.model.net, case.layers(traced), (x, other), choose, traced, how)
-    made = []
+    how = Pairing(len(case.named()) > 1, not case.request.quick, case.others)
+    names = case.layers(traced)
+    with case.hurried(names, x, other):
+        found = paired(case.model.net, names, (x, other), choose, traced, how)
+    made, built = [], case.forwards
     for observed, wish in zip(found, wishes, strict=True):
         case.begin(replace(case.request, target=wish))
+        case.forwards, built = built, 0.0
         case.given_up += [] if how.check else [UNREPEATED]
         made += _told(case, observed, background)
     return made
@@ -122,7 +127,7 @@ def _told(case: Case, observed: Observed, background: ReferenceInput | None) -> 
         bound = case.bound(observed.target, chosen[0].score)
         evidence = {c.layer: case.method.evidence(c, bound) for c in chosen}
         case.forwards += sum(cost(c, traced) for c in chosen) + (0.0 if made else observed.forwards)
-        made.append(case.result(chosen, evidence, observed.target, background, (None, refused)))
+        made.append(result(case, chosen, evidence, observed.target, background, (None, refused)))
         case.forwards = 0.0
     return made
 
@@ -148,16 +153,12 @@ def _agreed(picked: list[list[Target]]) -> list[list[Target]]:
     seen: list[Target] = []
     for row in picked:
         for n, target in enumerate(row):
-            same = next((t for t in seen if t is target or _equal(t, target)), None)
+            same = next((t for t in seen if t is target or same_target(t, target)), None)
             if same is None:
                 seen.append(target)
             else:
                 row[n] = same
     return picked
-
-
-def _equal(a: Target, b: Target) -> bool:
-    return a.region is None and b.region is None and a.function is b.function and a == b
 
 
 def _explained(case: Case, row: dict[str, Capture]) -> list[Explanation]:
@@ -174,7 +175,7 @@ def _explained(case: Case, row: dict[str, Capture]) -> list[Explanation]:
         share = traced.tail_share(name)  # one backward passes all layers, the coarsest first
         case.forwards += max(share - done, 0.0) + cost(capture, traced)
         done = max(done, share)
-        made.append(case.result([capture], evidence, capture.target, None, (None, refused)))  # type: ignore[arg-type]
+        made.append(result(case, [capture], evidence, capture.target, None, (None, refused)))  # type: ignore[arg-type]
         case.forwards = 0.0
     return made
 

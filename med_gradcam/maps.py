@@ -8,29 +8,30 @@ stays constant inside the box. Cells that touch no voxel are summed in `outside_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from med_gradcam.calibration import Calibration, from_case
-from med_gradcam.errors import GeometryError, InputError
+from med_gradcam.errors import GeometryError, InputError, UsageError
 from med_gradcam.explanation import Explanation
 from med_gradcam.geometry import Geometry
 
-Polarity = Literal["for", "against", "signed"]
+Polarity = Literal["for", "against", "signed", "strength"]
+Side = Literal["for", "against", "strength"]  # what is coloured: either polarity, or no sign at all
 Floats = npt.NDArray[np.float32]
 Weights = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Heatmap:
-    """Evidence density `values` (I, J, K) float32 on `grid`, in `unit` (log-odds per mL).
+    """Evidence density `values` (I, J, K) float32 on `grid`, in `unit` (the evidence's per mL).
 
-    for and against are >= 0, signed = for - against. `scale` is shared by all three: its peak is
-    the value of full colour, below its floor nothing is coloured. `outside_image` is the evidence
-    (log-odds) of cells that touch no voxel.
+    for and against are >= 0, signed = for - against; strength, of a map without a sign, is >= 0.
+    `scale` is shared by all: its peak is the value of full colour, below its floor nothing is
+    coloured. `outside_image` is the evidence (in its own unit) of cells that touch no voxel.
     """
 
     values: Floats = field(repr=False)
@@ -46,8 +47,8 @@ class Heatmap:
                 f"expected float32 values on a grid {self.grid.shape}, "
                 f"got {self.values.dtype} {self.values.shape}."
             )
-        if self.polarity not in ("for", "against", "signed"):
-            raise InputError(f"expected for, against or signed, got {self.polarity!r}.")
+        if self.polarity not in get_args(Polarity):
+            raise InputError(f"expected for, against, signed or strength, got {self.polarity!r}.")
 
     @property
     def peak(self) -> float:
@@ -62,19 +63,43 @@ class Heatmap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Maps:
-    """The three maps of one explanation, on one grid and one scale."""
+    """The maps of one explanation, on one grid and one scale.
+
+    Without a sign there is one map, of the polarity strength: `signed` and `raises` are that one,
+    and `lowers`, which it cannot show, is 0 everywhere. `sides` and `written` leave it out.
+    """
 
     signed: Heatmap
     raises: Heatmap
     lowers: Heatmap
 
     @property
+    def has_sign(self) -> bool:
+        """Whether there is a for and an against."""
+        return self.signed.polarity != "strength"
+
+    @property
+    def sides(self) -> dict[Side, Heatmap]:
+        """What is coloured: for and against, or the one map without a sign."""
+        if self.has_sign:
+            return {"for": self.raises, "against": self.lowers}
+        return {"strength": self.signed}
+
+    @property
+    def written(self) -> tuple[Heatmap, ...]:
+        """The maps that become files: signed, for and against, or the one without a sign."""
+        return (self.signed, self.raises, self.lowers) if self.has_sign else (self.signed,)
+
+    def on_scale(self, scale: Calibration) -> Maps:
+        """The same maps drawn on another scale."""
+        shown = (replace(m, scale=scale) for m in (self.signed, self.raises, self.lowers))
+        return Maps(*shown)
+
+    @property
     def coloured_share(self) -> float:
-        """Share of the image's voxels that reach the floor in either polarity."""
-        shown = (self.raises.values >= self.raises.floor) | (
-            self.lowers.values >= self.lowers.floor
-        )
-        return float(shown.mean())
+        """Share of the image's voxels that reach the floor, in either polarity."""
+        shown = [heatmap.values >= heatmap.floor for heatmap in self.sides.values()]
+        return float(np.logical_or.reduce(shown).mean())
 
 
 def axis_weights(voxels: int, cells: int, start: float, jump: float) -> Weights:
@@ -181,9 +206,20 @@ def draw(explanation: Explanation, image: Geometry | None = None) -> Maps:
     """For, against and signed density on the scan's grid (or another parallel one).
 
     For and against are split per cell before drawing, so that they add up to sum_for and
-    sum_against; signed is their difference.
+    sum_against; signed is their difference. A map without a sign is drawn as the one it is.
+
+    Raises:
+        UsageError: what was given is no explanation or no grid.
+        GeometryError: the cells' axes are not parallel to the grid's.
     """
+    if not isinstance(explanation, Explanation):
+        raise UsageError(f"expected an Explanation to draw, got {type(explanation).__name__}.")
     grid = explanation.image if image is None else image
+    if not isinstance(grid, Geometry):
+        raise UsageError(
+            f"expected a grid (a Geometry, such as volume.grid) to draw on, got "
+            f"{type(grid).__name__}; leave it out for the scan's own."
+        )
     how = drawing(explanation.grid, grid)
     up = np.maximum(explanation.evidence, 0)
     down = np.maximum(-explanation.evidence, 0)
@@ -196,6 +232,9 @@ def draw(explanation: Explanation, image: Geometry | None = None) -> Maps:
     )
     unit = f"{explanation.unit} per mL"
     out_up, out_down = how.outside(up), how.outside(down)
+    if not explanation.signed:
+        strength = Heatmap(raises, grid, "strength", unit, scale, out_up)
+        return Maps(strength, strength, Heatmap(lowers, grid, "against", unit, scale, 0.0))
     return Maps(
         Heatmap(raises - lowers, grid, "signed", unit, scale, out_up - out_down),
         Heatmap(raises, grid, "for", unit, scale, out_up),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,22 +49,73 @@ def recorded(
     x: torch.Tensor,
     reference: torch.Tensor | None,
     pick: Pick,
+    *,
+    check: bool = True,
 ) -> Observed:
-    """Predictions of the scan and the reference that remember what the tails need."""
+    """Predictions of the scan and the reference that remember what the tails need.
+
+    `check` repeats the scan.
+    """
     here = record(net, layers, x)
     target = pick(here.output)
-    again = target(outputs(net, x))  # noise before the layer would hide in what is remembered
-    check_repeats(x, float(target(here.output)[0]), float(again[0]))
+    if check:  # noise before the layer would hide in what is remembered
+        again = target(outputs(net, x))
+        check_repeats(x, float(target(here.output)[0]), float(again[0]))
     there = None if reference is None else record(net, layers, reference)
-    return Observed(captures(here, target, there), target, 2.0 if there is None else 3.0)
+    return Observed(captures(here, target, there), target, 1.0 + check + (there is not None))
+
+
+Wanted = tuple[Sequence[str], bool, Sequence[Target]]  # layers, whether they are a cut, targets
+
+
+@dataclass(slots=True, eq=False)
+class Known:
+    """What the earlier scans of one call have shown, so that the next need not show it again.
+
+    `repeats`: the network gives one scan the same score twice. `runs`: those of the last reference,
+    for what was `wanted` of it, one per target; they hold all that lies behind the layers.
+    """
+
+    repeats: bool = False
+    reference: torch.Tensor | None = None
+    wanted: Wanted = ((), False, ())
+    runs: Sequence[pair.Run] = ()
+
+    def of(self, reference: torch.Tensor, wanted: Wanted) -> list[pair.Run]:
+        """The runs of a reference, one per target; empty where they are not known."""
+        (layers, cut, targets), (names, was_cut, before) = wanted, self.wanted
+        if self.reference is None or (list(names), was_cut) != (list(layers), cut):
+            return []
+        if len(before) != len(targets) or not all(map(same_target, before, targets)):
+            return []
+        return _copies(self.runs) if torch.equal(self.reference, reference) else []
+
+    def keep(self, reference: torch.Tensor, wanted: Wanted, runs: Sequence[pair.Run]) -> None:
+        """Remember the runs of a reference in place of those before."""
+        self.reference, self.wanted, self.runs = reference, wanted, _copies(runs)
+
+
+def _copies(runs: Sequence[pair.Run]) -> list[pair.Run]:
+    """A sweep uses up the entries of its tape."""
+    return [replace(one, tape=replace(one.tape, entries=[*one.tape.entries])) for one in runs]
+
+
+def same_target(one: Target, other: Target) -> bool:
+    """Whether two targets are known to read the same number; regions may differ by the scan."""
+    placed = one.region is not None or other.region is not None
+    return one is other or (not placed and one.function is other.function and one == other)
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """How a pair is run: `cut` takes the layers as one cut together; `check` repeats the scan."""
+    """How a pair is run: `cut` takes the layers as one cut together; `check` repeats the scan.
+
+    `known`: what earlier scans have shown; None where there will be no other.
+    """
 
     cut: bool = False
     check: bool = True
+    known: Known | None = None
 
 
 def paired(
@@ -91,20 +142,27 @@ def paired(
         return chosen
 
     cases = pair.run_all(net, layers, x, choose, cut=how.cut)
-    again = outputs(net, x) if how.check else None
-    others = pair.run_all(net, layers, reference, choose, cut=how.cut)
+    check = how.check and not (how.known and how.known.repeats)
+    again = outputs(net, x) if check else None
+    others = how.known.of(reference, (layers, how.cut, chosen)) if how.known else []
+    forwards = 1.0 + check + (not others)
+    if not others:
+        others = pair.run_all(net, layers, reference, choose, cut=how.cut)
+        if how.known:
+            how.known.keep(reference, (layers, how.cut, [*chosen]), others)
     tails = {name: Tail(net, name, x, ()) for name in layers}
-    forwards = 3.0 if how.check else 2.0
     made = []
     for target in chosen:
         case, other = cases.pop(0), others.pop(0)
-        if how.check:
+        if check:
             check_repeats(x, float(case.score[0]), float(target(again)[0]))
         shared = _shared(case, other, layers, cut=how.cut)
         found = {name: _seen(tail, shared, target, reference) for name, tail in tails.items()}
         backward = max(traced.tail_share(name) for name in layers)
         made.append(Observed(found, target, forwards + backward))
         forwards = 0.0
+    if how.known and check:
+        how.known.repeats = True
     return made
 
 

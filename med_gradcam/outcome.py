@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,15 @@ import numpy.typing as npt
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import CannotExplainError
-from med_gradcam.explanation import NOTICE_WORDS, Cells, Notice, Status
+from med_gradcam.explanation import NOTICE_WORDS, Cells, Notice, Reference, Status
 from med_gradcam.methods import Bound, Evidence
+from med_gradcam.reference import ReferenceInput
 from med_gradcam.target import Target
 
 ROUNDING = 1e-5  # share of a score that single precision cannot resolve
 NOT_A_CUT = 0.01  # share that may flow past a layer before the result says so
 BALANCED = 1e-4  # for and against this equal, of their sum, are equal by construction
+REFERENCE_FREE = Reference("none", None, "no reference: this method looks at the scan alone")
 FLAT = 1e-6  # a gradient this small beside what the way to the reference shows is none
 
 NORMAL, PRECISE = 0.05, 0.01  # share of the score's difference that a sum may miss
@@ -38,9 +41,12 @@ def bound(target: Target, score: float, *, precise: bool) -> Bound:
 
 
 def status(
-    chosen: Capture, evidence: Evidence, layer: str, *, promises: bool
+    chosen: Capture, evidence: Evidence, where: str, *, promises: bool
 ) -> tuple[Status, float | None, list[str]]:
-    """The status, the share of the score's difference that passes the layer by, and warnings."""
+    """The status, the share of the score's difference that is not in the map, and warnings.
+
+    `where`: what that share does, such as to flow past the layer.
+    """
     if not promises or evidence.start_score is None:
         return "no_sum", None, []
     against = chosen.reference_score if chosen.reference_score is not None else 0.0
@@ -54,12 +60,33 @@ def status(
             f"the score by more than the bound"
         )
     if abs(past) > max(NOT_A_CUT * abs(difference), 1e-3 * max(1.0, abs(chosen.score))):
-        warnings.append(
-            f"{bypassed:.0%} of the score's difference flows past the layer "
-            f"{layer!r} (skip connections): the map leaves that part out"
-        )
+        whole = "score" if chosen.reference_score is None else "score's difference"
+        warnings.append(f"{bypassed:.0%} of the {whole} {where}: the map leaves that part out")
         return "not_a_cut", bypassed, warnings
+    missed = chosen.score - evidence.start_score - float(evidence.values.sum())
+    small = NORMAL * abs(difference) < abs(missed) and not alike(chosen)
+    if evidence.converged and small and abs(missed) > ROUNDING * max(1.0, abs(chosen.score)):
+        warnings.append(
+            f"the map misses {abs(missed):.2g} of a difference of {abs(difference):.2g}: it adds "
+            f"up to within {ABSOLUTE:g} only"
+        )
     return ("complete" if evidence.converged else "not_converged"), bypassed, warnings
+
+
+def compared(chosen: Capture, evidence: Evidence) -> Capture:
+    """The capture with the score that this evidence is relative to."""
+    if evidence.reference_score is None:
+        return chosen
+    return replace(chosen, reference_score=evidence.reference_score)
+
+
+def named(method: Any, background: ReferenceInput | None) -> Reference:
+    """What the evidence is relative to, as the result says it; the method may add to its words."""
+    if background is None or not method.USES_REFERENCE:
+        return REFERENCE_FREE
+    more = "" if background.every else getattr(method, "REFERENCES", "")
+    said = background.reference
+    return replace(said, words=f"{said.words} {more}") if more else said
 
 
 def alike(chosen: Capture) -> bool:
@@ -67,6 +94,19 @@ def alike(chosen: Capture) -> bool:
     against = chosen.reference_score
     near = ROUNDING * max(1.0, abs(chosen.score))
     return against is not None and abs(chosen.score - against) <= near
+
+
+def without_noise(values: Values, chosen: Capture) -> Values:
+    """The evidence; none where the score is the reference's and all there is are rounding errors.
+
+    Findings that cancel out are larger than what single precision cannot resolve of the score.
+    """
+    if chosen.reference_score is None:
+        return values
+    unresolved = ROUNDING * abs(chosen.score)
+    apart = abs(chosen.score - chosen.reference_score)
+    nothing = max(apart, float(np.abs(values).sum())) <= unresolved
+    return np.zeros_like(values) if nothing else values
 
 
 def check_evidence(values: npt.NDArray[Any], chosen: Capture) -> None:
@@ -90,7 +130,7 @@ def notices(
     """What is true of this map and easily misread in a picture."""
     up, down = float(values[values > 0].sum()), float(-values[values < 0].sum())
     found: list[Notice] = []
-    if up + down == 0 and alike(chosen):
+    if up + down <= ROUNDING * max(1.0, abs(chosen.score)) and alike(chosen):
         return ("like_reference",)
     if up <= ROUNDING * down:
         found.append("no_positive_evidence")

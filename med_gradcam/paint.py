@@ -1,26 +1,28 @@
 """How do scan and evidence become colours: windows, colour ramps, resampling, blending?
 
 Evidence for is orange and evidence against is blue (Okabe and Ito's colour-blind safe pair, made
-brighter to read on dark grey): two channels, blended, never the larger of the two. Below the floor
-of the scale nothing is coloured; from there opacity and brightness rise to the peak, and stay.
+brighter to read on dark grey): two channels, blended, never the larger of the two. A map without a
+sign has a colour of its own, their reddish purple. Below the floor of the scale nothing is
+coloured; from there opacity and brightness rise to the peak, and stay.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from med_gradcam.calibration import Calibration
 from med_gradcam.errors import UnknownNameError, UsageError
+from med_gradcam.maps import Side
 from med_gradcam.volume import Volume
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Numbers = npt.ArrayLike
-Side = Literal["for", "against"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ _SAMPLE = 1_000_000
 RAMPS: dict[Side, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "for": ((214, 128, 0), (255, 190, 64)),
     "against": ((30, 122, 200), (110, 200, 255)),
+    "strength": ((178, 88, 140), (245, 165, 215)),
 }
 # Opacity at the floor and at the peak of the scale.
 OPACITY = (0.25, 0.85)
@@ -137,7 +140,7 @@ def strength(density: Numbers, scale: Calibration) -> Floats:
 
 
 def opacity(density: Numbers, scale: Calibration) -> Floats:
-    """Opacity 0..1 of a density (log-odds per mL): 0 below the floor, then rising to the peak."""
+    """Opacity 0..1 of a density (in the scale's unit): 0 below the floor, rising to the peak."""
     values = np.asarray(density, dtype=np.float32)
     low, high = OPACITY
     rising = np.float32(low) + np.float32(high - low) * strength(values, scale)
@@ -146,28 +149,25 @@ def opacity(density: Numbers, scale: Calibration) -> Floats:
 
 
 def colour(density: Numbers, side: Side, scale: Calibration) -> Floats:
-    """RGB 0..255 (..., 3) of a density (log-odds per mL) on its side's ramp."""
+    """RGB 0..255 (..., 3) of a density (in the scale's unit) on its side's ramp."""
     first, last = (np.array(c, dtype=np.float32) for c in RAMPS[side])
     return first + (last - first) * strength(density, scale)[..., None]
 
 
 def rgba(density: Numbers, side: Side, scale: Calibration) -> Bytes:
-    """RGBA (..., 4) of a density (log-odds per mL), transparent below the floor."""
+    """RGBA (..., 4) of a density (in the scale's unit), transparent below the floor."""
     alpha = opacity(density, scale)[..., None] * 255
     return np.concatenate((colour(density, side, scale), alpha), axis=-1).round().astype(np.uint8)
 
 
-def blend(
-    backdrop: Bytes, raises: Numbers | None, lowers: Numbers | None, scale: Calibration
-) -> Bytes:
-    """RGB (rows, columns, 3): both polarities, densities in log-odds per mL, over a grey backdrop.
+def blend(backdrop: Bytes, sides: Mapping[Side, Numbers], scale: Calibration) -> Bytes:
+    """RGB (rows, columns, 3): the sides' densities, in the scale's unit, over a grey backdrop.
 
     Each polarity keeps its own opacity; where both are present their colours mix by it, so that
     neither hides the other.
     """
     painted = np.repeat(backdrop[..., None], 3, axis=-1)
-    sides: tuple[tuple[Side, Numbers | None], ...] = (("for", raises), ("against", lowers))
-    given = [(side, np.asarray(density)) for side, density in sides if density is not None]
+    given = [(side, np.asarray(density)) for side, density in sides.items()]
     opacities = [opacity(density, scale) for _, density in given]
     shown = np.any([alpha > 0 for alpha in opacities], axis=0) if given else np.zeros(1, dtype=bool)
     if not shown.any():

@@ -46,7 +46,7 @@ def place(
     that is from the nominal place. Costs a forward and four backwards of all up to the layer.
 
     Raises:
-        CannotExplainError: neither can say where the cells lie.
+        CannotExplainError: neither can say where the cells lie, or the layer does not see the scan.
         InputError: no such alignment, or `x` is not of `shape`.
     """
     if alignment not in get_args(Alignment):
@@ -71,6 +71,12 @@ def _nominal(net: torch.nn.Module, info: LayerInfo, shape: Sequence[int]) -> Cel
     centres = cell_centres(net, info.name, shape, cells)
     if info.lattice is not None:
         return _checked(info.lattice, cells, centres)
+    if not any(centres) and not sees_scan(net, info.name, shape):
+        raise CannotExplainError(
+            "other input",
+            f"expected a layer that sees the scan, {info.name!r} does not: nothing leads from the "
+            f"scan to it, it gets another input of the network; choose a layer behind the scan.",
+        )
     measured = _measured(info, shape, cells, centres)
     if measured is not None:
         return measured
@@ -79,6 +85,28 @@ def _nominal(net: torch.nn.Module, info: LayerInfo, shape: Sequence[int]) -> Cel
         f"the place of the cells of the layer {info.name!r} cannot be told: an operation before "
         f"it moves voxels in a way that is not known; choose an earlier layer.",
     )
+
+
+def sees_scan(net: torch.nn.Module, layer: str, shape: Sequence[int]) -> bool:
+    """Whether the scan has a part in a layer's output: by a gradient, or by its values."""
+    noise, seen = _noise(net, shape), []
+    scan = torch.zeros_like(noise, requires_grad=True)
+
+    def look(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        seen.append(output)
+
+    handle = net.get_submodule(layer).register_forward_hook(look)
+    try:
+        with torch.enable_grad():
+            net(scan.clone())
+            (first,) = seen
+            led = first.requires_grad and any(
+                g is not None for g in torch.autograd.grad(first.sum(), scan, allow_unused=True)
+            )
+            net(noise)
+    finally:
+        handle.remove()
+    return led or not torch.equal(first, seen[-1])
 
 
 def _neighbours(counts: Sequence[int]) -> list[tuple[int, ...]]:

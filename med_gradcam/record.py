@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from med_gradcam.calibration import Calibration, from_case
+from med_gradcam.calibration import Calibration
 from med_gradcam.errors import ImageError
 from med_gradcam.explanation import Cells, Explanation, LayerTrial, Part, Reference, Region
 from med_gradcam.geometry import Geometry
@@ -28,17 +28,19 @@ def to_record(explanation: Explanation, maps: Maps | None = None) -> dict[str, A
     return {
         "format": FORMAT,
         "unit": e.unit,
+        "score_unit": e.target.unit,
+        "signed": e.signed,
         "score": e.score,
         "reference_score": e.reference_score,
         "probability": e.probability,
-        "sum_for": e.sum_for,
-        "sum_against": e.sum_against,
+        "sum_for": e.sum_for if e.signed else None,
+        "sum_against": e.sum_against if e.signed else None,
         "residual": e.residual,
         "bypassed": e.bypassed,
         "outside_image": None if maps is None else maps.signed.outside_image,
         "coloured_share": None if maps is None else maps.coloured_share,
         "status": e.status,
-        "target": _target_record(e.target),
+        "target": _target_record(e.target, signed=e.signed),
         "method": e.method,
         "layer": e.layer,
         "reference": asdict(e.reference),
@@ -64,7 +66,7 @@ def to_record(explanation: Explanation, maps: Maps | None = None) -> dict[str, A
     }
 
 
-def to_json(record: Mapping[str, Any]) -> str:
+def to_json(record: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     """UTF-8 JSON text without NaN."""
     return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -115,9 +117,11 @@ def _from_record(r: Mapping[str, Any], evidence: npt.NDArray[np.float32]) -> Exp
         ),
         trials=tuple(LayerTrial(**t) for t in r["layer_trials"]),
         warnings=tuple(r["warnings"]),
-        # Results of before 0.2 have neither.
+        # Results of before 0.2 have none of these.
         parts=tuple(Part(**{**x, "jump": tuple(x["jump"])}) for x in r.get("parts", ())),
         notices=tuple(r.get("notices", ())),
+        measure=r["unit"].replace("log-odds", "score"),
+        signed=r.get("signed", True),
     )
 
 
@@ -133,7 +137,7 @@ def _peak_record(p: Peak) -> dict[str, Any]:
     }
 
 
-def _target_record(t: Target) -> dict[str, Any]:
+def _target_record(t: Target, *, signed: bool) -> dict[str, Any]:
     """A target without what only works in memory: a region's weights, a user's function."""
     raises, lowers = t.words
     return {
@@ -144,7 +148,7 @@ def _target_record(t: Target) -> dict[str, Any]:
         "rival_weight": t.rival_weight if len(t.index) == 2 else None,
         "output": t.output or None,
         "region": None if t.region is None else asdict(t.region),
-        "words": {"for": raises, "against": lowers},
+        "words": {"for": raises, "against": lowers} if signed else None,
     }
 
 
@@ -174,7 +178,7 @@ def _scale(e: Explanation, maps: Maps | None) -> dict[str, Any] | None:
     if e.calibration is not None:
         return asdict(e.calibration)
     if maps is not None:
-        return asdict(from_case(maps.signed.peak, e.target.label, e.method, e.layer))
+        return asdict(maps.signed.scale)
     return None
 
 

@@ -28,12 +28,14 @@ LUNG_HU, SOFT_HU, LUNG_SHARE = (-980.0, -600.0), (-150.0, 150.0), 0.2
 class ReferenceInput:
     """The reference as an array `raw` (C, i, j, k), with its description.
 
-    `noise`: the SD per channel of the texture with which a region is filled when it is removed.
+    `noise`: the SD per channel of the texture with which a region is filled when it is removed;
+    `every`: all of them where several scans were given, `raw` being the first.
     """
 
     raw: Floats
     reference: Reference
     noise: tuple[float, ...]
+    every: tuple[Floats, ...] = ()
 
 
 def textured(reference: ReferenceInput, prepared: Prepared, seed: int) -> ReferenceInput:
@@ -88,7 +90,7 @@ def build(kind: str, prepared: Prepared, modality: str | None, unit: str) -> Ref
             f"expected CT or MR for --reference tissue, got modality {modality}; "
             f"use zero, value:X or a file."
         )
-    value = 0.0 if kind == "zero" else _value(kind)
+    value = 0.0 if kind == "zero" else value_of(kind)
     words = f"a uniform input of {value:g} {unit}"
     noise = tuple(grain(channel) for channel in raw)
     return ReferenceInput(
@@ -118,7 +120,12 @@ def from_scan(scan: Prepared, prepared: Prepared) -> ReferenceInput:
     return ReferenceInput(scan.raw, Reference("file", None, "the given reference scan"), noise)
 
 
-def _value(text: str) -> float:
+def value_of(text: str) -> float:
+    """The number of "value:X".
+
+    Raises:
+        UsageError: it is none.
+    """
     kind, _, number = text.partition(":")
     try:
         if kind == "value" and math.isfinite(float(number)):

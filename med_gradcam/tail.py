@@ -68,7 +68,7 @@ class _Call:
 
 
 @dataclass(frozen=True, slots=True)
-class _Memory:
+class Memory:
     """What a finished module answered; `output` is None where only remembered modules need it."""
 
     module: torch.nn.Module
@@ -80,8 +80,8 @@ class _Memory:
 class _Recording:
     wanted: dict[torch.nn.Module, str]
     stack: list[_Call] = field(default_factory=list)
-    records: list[_Memory] = field(default_factory=list)
-    memories: dict[str, tuple[_Memory, ...]] = field(default_factory=dict)
+    records: list[Memory] = field(default_factory=list)
+    memories: dict[str, tuple[Memory, ...]] = field(default_factory=dict)
     activations: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def begin(self, module: torch.nn.Module, inputs: Any) -> None:
@@ -96,7 +96,7 @@ class _Recording:
         if records and call.parent is not None and type(call.parent.module) is torch.nn.Sequential:
             before = records[-1]
             if before.parent is call.parent:  # its output only feeds this module
-                records[-1] = _Memory(before.module, before.parent, None)
+                records[-1] = Memory(before.module, before.parent, None)
         self.records = records
         name = self.wanted.get(module)
         if name is not None:
@@ -109,7 +109,7 @@ class _Recording:
             self.memories[name] = tuple(records)
             self.activations[name] = _activation(output, name).detach().clone()
         # A copy: what follows may work in place on the output.
-        self.records.append(_Memory(module, call.parent, _copies(output, 1)))
+        self.records.append(Memory(module, call.parent, _copies(output, 1)))
 
 
 def _activation(output: Any, name: str) -> torch.Tensor:
@@ -126,6 +126,8 @@ def _activation(output: Any, name: str) -> torch.Tensor:
 def _copies(value: Any, count: int) -> Any:
     """What was remembered, for a batch of `count`; for one: a copy to be worked on in place."""
     if isinstance(value, torch.Tensor):
+        if value.ndim and not any(value.stride()):  # stands in for a value that is not needed
+            return value.expand(max(count, len(value)), *value.shape[1:])
         return value.clone() if count == 1 else value.expand(count, *value.shape[1:])
     if isinstance(value, (tuple, list)):
         parts = [_copies(v, count) for v in value]
@@ -146,18 +148,19 @@ class Tail:
     net: torch.nn.Module
     layer: str
     x: torch.Tensor
-    memory: tuple[_Memory, ...]
+    memory: tuple[Memory, ...]
     alone: bool = False
 
     def run(self, activations: torch.Tensor) -> Any:
         """The network's output when the layer puts out `activations` (n, C, i, j, k)."""
         if self.layer == INPUT:
             return self.net(activations.clone())
-        with self._replay(activations):
+        with self.replay(activations):
             return self.net(_copies(self.x, len(activations)))
 
     @contextmanager
-    def _replay(self, activations: torch.Tensor) -> Iterator[None]:
+    def replay(self, activations: torch.Tensor) -> Iterator[None]:
+        """Within it, a call of the network computes only what lies behind the layer."""
         answers: dict[torch.nn.Module, deque[Any]] = defaultdict(deque)
         for memory in self.memory:
             answers[memory.module].append(memory.output)

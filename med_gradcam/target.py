@@ -260,6 +260,9 @@ def class_name(labels: Sequence[str], index: int) -> str:
 def _index(text: str, labels: Sequence[str], outputs: int) -> int:
     if text in labels:
         return list(labels).index(text)
+    named = [class_name(labels, n) for n in range(outputs)]
+    if text in named:
+        return named.index(text)
     digits = text.removeprefix("#")
     if digits.isdecimal() and int(digits) < outputs:
         return int(digits)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from napari.components.overlays import TextOverlay
 
+from med_gradcam.maps import Side
 from med_gradcam.volume import Volume
 from napari_plugin.layers import AXES, KEY
 
@@ -66,12 +67,16 @@ def scan_of(layer: Any) -> Volume | None:
 
 def legend(entries: Sequence[dict[str, Any]]) -> str:
     """What the colours mean, by the newest map among our layers' entries; empty without a map."""
-    newest = next((e for e in reversed(entries) if e["kind"] in ("for", "against")), None)
+    newest = next((e for e in reversed(entries) if e["kind"] in get_args(Side)), None)
     if newest is None:
         return ""
+    meaning = (
+        ("purple: where the map is strong, no sign", newest["unit"])
+        if newest["kind"] == "strength"
+        else ("orange raises the model's score,", f"blue lowers it ({newest['unit']})")
+    )
     lines = (
-        "orange raises the model's score,",
-        f"blue lowers it ({newest['unit']})",
+        *meaning,
         f"relative to {newest['relative_to']}",
         newest["scale"],
         NOT_FOR_DIAGNOSIS,

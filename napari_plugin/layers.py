@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from med_gradcam.explanation import Explanation
 from med_gradcam.geometry import Geometry, reorient, reorient_array, reorientation
-from med_gradcam.maps import Heatmap, Maps
-from med_gradcam.paint import OPACITY, RAMPS, Side, window_for
+from med_gradcam.maps import Heatmap, Maps, Side
+from med_gradcam.paint import OPACITY, RAMPS, window_for
 from med_gradcam.volume import Volume
 
 KEY = "med_gradcam"  # our entry in a layer's metadata
@@ -28,7 +28,11 @@ Floats = npt.NDArray[np.float64]
 
 OBLIQUE_FROM_DEGREES = 1.0
 _RAS_TO_SHOWN = np.array([[0.0, 0.0, -1.0], [0.0, -1.0, 0.0], [-1.0, 0.0, 0.0]])
-_WORDS: dict[Side, str] = {"for": "raises the model's score", "against": "lowers the model's score"}
+_WORDS: dict[Side, str] = {
+    "for": "raises the model's score",
+    "against": "lowers the model's score",
+    "strength": "map without a sign",
+}
 _MAX_NAME = 60
 
 
@@ -179,11 +183,12 @@ def _map_layer(side: Side, heatmap: Heatmap, explanation: Explanation) -> LayerD
 
 
 def map_layers(explanation: Explanation, maps: Maps) -> list[LayerData]:
-    """The layers of evidence against and for (for on top), on one fixed scale."""
-    return [
-        _map_layer("against", maps.lowers, explanation),
-        _map_layer("for", maps.raises, explanation),
-    ]
+    """The layers of evidence against and for (for on top), on one fixed scale.
+
+    A map without a sign is one layer.
+    """
+    sides = reversed(maps.sides.items())
+    return [_map_layer(side, heatmap, explanation) for side, heatmap in sides]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,7 +200,7 @@ class Peak:
 
 
 def strongest(maps: Maps) -> Peak | None:
-    """The voxel with the most net evidence; None where nothing reaches the floor."""
+    """The voxel with the most net evidence, or strength; None where nothing reaches the floor."""
     if maps.coloured_share == 0:
         return None
     size, grid = np.abs(maps.signed.values), maps.signed.grid

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from med_gradcam.explanation import STATUS_WORDS, Explanation
+from med_gradcam.explanation import Explanation
 from med_gradcam.geometry import Geometry, point_words, side_words
 from med_gradcam.progress import Step
+from med_gradcam.summary import NO_SIGN, status_words
 from med_gradcam.volume import Volume
 from napari_plugin.layers import oblique_words, short
 
@@ -119,8 +120,9 @@ def warned(state: DockState, warning: str) -> DockState:
 
 def with_result(state: DockState, explanation: Explanation, scale: str, peak: str) -> DockState:
     """The run ended well; `scale` says where the colours come from, `peak` where to look."""
+    strongest = "Strongest evidence" if explanation.signed else "The map is strongest"
     return replace(
-        stopped(state, f"Strongest evidence at {peak}." if peak else NOTHING),
+        stopped(state, f"{strongest} at {peak}." if peak else NOTHING),
         rows=result_rows(explanation, scale),
         warnings=tuple(explanation.warnings),
     )
@@ -163,15 +165,15 @@ def number(value: float) -> str:
 
 def _residual_words(explanation: Explanation) -> str:
     if explanation.residual is None:
-        return STATUS_WORDS[explanation.status]
-    return f"{explanation.residual:+.3f} ({STATUS_WORDS[explanation.status]})"
+        return status_words(explanation)
+    return f"{explanation.residual:+.3f} ({status_words(explanation)})"
 
 
 def _reference_words(explanation: Explanation) -> str:
     words = short(explanation.reference.words, _MAX_WORDS)
     if explanation.reference_score is None:
         return words
-    return f"{words}: {number(explanation.reference_score)} {explanation.unit}"
+    return f"{words}: {number(explanation.reference_score)} {explanation.target.unit}"
 
 
 def _cells_words(grid: Geometry) -> str:
@@ -179,18 +181,26 @@ def _cells_words(grid: Geometry) -> str:
     return f"{size} mm ({', '.join(grid.axcodes)})"
 
 
-def result_rows(explanation: Explanation, scale: str) -> Rows:
-    """The result table: what was found, how sure, relative to what, and how it adds up."""
-    unit = explanation.unit
-    net = explanation.sum_for - explanation.sum_against
+def _evidence_rows(explanation: Explanation) -> Rows:
+    """For, against and net; or that the map has no sign."""
+    unit, net = explanation.unit, explanation.sum_for - explanation.sum_against
+    if not explanation.signed:
+        return (("Map", f"in {unit}, with {NO_SIGN}"),)
     return (
-        ("Finding", short(explanation.target.label)),
-        ("Model's score", f"{number(explanation.score)} {unit}"),
-        ("Probability", probability_words(explanation.probability)),
-        ("Relative to", _reference_words(explanation)),
         ("Raises it (for)", f"{number(explanation.sum_for)} {unit}"),
         ("Lowers it (against)", f"{number(-explanation.sum_against)} {unit}"),
         ("Net evidence", f"{number(net)} {unit}"),
+    )
+
+
+def result_rows(explanation: Explanation, scale: str) -> Rows:
+    """The result table: what was found, how sure, relative to what, and how it adds up."""
+    return (
+        ("Finding", short(explanation.target.label)),
+        ("Model's score", f"{number(explanation.score)} {explanation.target.unit}"),
+        ("Probability", probability_words(explanation.probability)),
+        ("Relative to", _reference_words(explanation)),
+        *_evidence_rows(explanation),
         ("Residual", _residual_words(explanation)),
         ("Layer", f"{short(explanation.layer)}, {explanation.method}"),
         ("Cells", _cells_words(explanation.grid)),

@@ -14,6 +14,7 @@ import pytest
 
 from med_gradcam import _plugins, delivery
 from med_gradcam.bundle import Bundle
+from med_gradcam.calibration import Calibration, from_case
 from med_gradcam.errors import (
     Cancelled,
     OutputExistsError,
@@ -22,8 +23,9 @@ from med_gradcam.errors import (
     UsageError,
 )
 from med_gradcam.explanation import Explanation
-from med_gradcam.formats import nifti, png
+from med_gradcam.formats import _words, nifti, png
 from med_gradcam.geometry import Geometry, cells
+from med_gradcam.maps import draw
 from med_gradcam.progress import Step
 from tests.tiny import explained, volume
 
@@ -89,6 +91,81 @@ def test_progress_is_told_and_can_stop_it(tmp_path: Path) -> None:
     with pytest.raises(Cancelled, match="stopped"):
         write(tmp_path / "other", progress=stop)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# ------------------------------------------------------------------------------- several layers
+
+
+def layers() -> list[Explanation]:
+    """Two depths with a scale of the model's for one of them."""
+    first = explanation()
+    scale = Calibration("nodule", "integrated", "down/1", 5.0, 1.0, 7)
+    second = explained(
+        3 * first.evidence, first.grid, IMAGE, layer="down/1 + skip", calibration=scale
+    )
+    return [first, second]
+
+
+def test_several_layers_share_one_scale(tmp_path: Path) -> None:
+    made = layers()
+    folder = delivery.write_layers(made, tmp_path / "out", volume=SCAN, formats=("nifti", "png"))
+    names = ["1_features.3", "2_down_1_+_skip"]
+    assert delivery.folder_names(made) == names
+    assert sorted(p.name for p in folder.iterdir()) == [*names, "layers.json"]
+    records = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
+    peak = draw(made[1].replace(calibration=None)).signed.peak
+    for record, name, e in zip(records, names, made, strict=True):
+        assert (record["folder"], record["layer"]) == (name, e.layer)
+        assert record["colour_scale"]["peak_per_ml"] == pytest.approx(peak)
+        assert (
+            record["coloured_share"]
+            == draw(e).on_scale(from_case(peak, "nodule", "integrated", "all")).coloured_share
+        )
+        assert {"explanation.json", "signed.nii.gz", "overview.png"} <= {
+            p.name for p in (folder / name).iterdir()
+        }
+        assert nifti.read_explanation(folder / name) == e.replace(calibration=None)
+    assert 0 < records[0]["coloured_share"] < records[1]["coloured_share"]
+
+
+def test_ten_layers_stay_in_order() -> None:
+    names = delivery.folder_names([explanation()] * 10)
+    assert names == sorted(names)
+    assert (names[0], names[9]) == ("01_features.3", "10_features.3")
+
+
+def test_the_picture_says_that_the_scale_is_shared() -> None:
+    shared = from_case(1.0, "nodule", "secant", "all")
+    assert _words.scale(shared) == "colour scale: this case only, the same for all layers"
+
+
+@pytest.mark.parametrize("place", ["out", "new/deep/out"])
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
+def test_of_several_layers_all_are_written_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], place: str
+) -> None:
+    """The first layer is written, the second one fails."""
+    real = nifti.save
+
+    def second_fails(bundle: Bundle, folder: Path) -> list[Path]:
+        if bundle.explanation.layer.startswith("down"):
+            raise kind
+        return real(bundle, folder)
+
+    monkeypatch.setattr(_plugins.load("formats", "nifti"), "save", second_fails)
+    with pytest.raises(kind):
+        delivery.write_layers(layers(), tmp_path / place)
+    assert everything(tmp_path) == {}
+
+
+def test_a_folder_of_several_layers_is_ours_to_overwrite(tmp_path: Path) -> None:
+    folder = delivery.write_layers(layers(), tmp_path / "out", formats=())
+    with pytest.raises(OutputExistsError, match="exists already"):
+        delivery.write_layers(layers(), folder, formats=())
+    delivery.write_layers(layers()[:1], folder, formats=(), overwrite=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["1_features.3", "layers.json"]
+    write(folder, overwrite=True)
+    assert (folder / "explanation.json").is_file()
 
 
 # ------------------------------------------------------------------------------- what goes wrong
@@ -295,3 +372,33 @@ def test_another_scan_than_the_one_explained(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected the scan on the grid of the maps"):
         write(tmp_path / "out", volume=other)
     assert everything(tmp_path) == {}
+
+
+def test_formats_as_one_text(tmp_path: Path) -> None:
+    assert delivery.check_names("nifti") == ("nifti",)
+    assert delivery.check_formats(" png, nifti,png ", None) == ("png", "nifti")
+    assert delivery.check_names("") == ()
+    folder = write(tmp_path / "out", formats="nifti")
+    assert (folder / "signed.nii.gz").is_file()
+    assert not (folder / "overview.png").exists()
+    assert (
+        delivery.write_layers([explanation()], tmp_path / "layers", formats="nifti")
+        / "1_features.3"
+        / "signed.nii.gz"
+    ).is_file()
+    with pytest.raises(UnknownNameError, match="got 'nifty'"):
+        delivery.check_names("nifty")
+    for wrong in (3, [3], None):
+        with pytest.raises(UsageError, match=r"expected names of formats \(nifti, png, dicom\)"):
+            delivery.check_names(wrong)  # type: ignore[arg-type]
+
+
+def test_a_map_without_a_sign_has_no_file_against(tmp_path: Path) -> None:
+    e = explanation()
+    bare = e.replace(evidence=np.abs(e.evidence), signed=False, measure="relative units")
+    folder = delivery.write(bare, tmp_path / "out", volume=SCAN)
+    assert {p.name for p in folder.iterdir()} == {
+        *("explanation.json", "explanation.nii.gz", "strength.nii.gz", "overview.png"),
+        *(f"mip_{view}_strength.png" for view in ("axial", "coronal", "sagittal")),
+    }
+    assert nifti.read_explanation(folder) == bare

@@ -34,6 +34,7 @@ _OWN_COMMANDS = (
     "explain",
     "inspect",
     "concepts",
+    "regions",
     "doctor",
     "methods",
     "models",

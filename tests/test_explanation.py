@@ -59,6 +59,28 @@ def test_probability_and_unit() -> None:
     assert regression.unit == "score"
 
 
+@pytest.mark.parametrize(
+    ("measure", "log_odds", "amount"),
+    [
+        ("score", "log-odds", "score"),
+        ("score per input unit", "log-odds per input unit", "score per input unit"),
+        ("relative units", "relative units", "relative units"),
+    ],
+)
+def test_the_evidence_may_have_another_unit_than_the_score(
+    measure: Any, log_odds: str, amount: str
+) -> None:
+    e = make(measure=measure)
+    assert (e.unit, e.target.unit) == (log_odds, "log-odds")
+    e = make(measure=measure, target=Target("regression", "age", (0,), "none"))
+    assert (e.unit, e.target.unit) == (amount, "score")
+
+
+def test_a_measure_that_there_is_not_is_refused() -> None:
+    with pytest.raises(InputError, match=r"expected a measure of .* got 'log-odds'"):
+        make(measure="log-odds")
+
+
 def test_equal_means_every_field() -> None:
     e = make()
     assert e == make()
@@ -97,3 +119,9 @@ def test_the_evidence_is_a_copy_and_read_only() -> None:
 def test_no_explanation(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         make(**changes)
+
+
+def test_a_map_without_a_sign_has_no_cell_below_zero() -> None:
+    assert not make(evidence=np.ones((2, 3, 4)), signed=False).signed
+    with pytest.raises(InputError, match="no cell below 0 in a map without a sign, got 24"):
+        make(evidence=-np.ones((2, 3, 4)), signed=False)

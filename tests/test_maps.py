@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from med_gradcam.calibration import Calibration, from_case
-from med_gradcam.errors import GeometryError, InputError
+from med_gradcam.errors import GeometryError, InputError, UsageError
 from med_gradcam.geometry import Geometry, cells, crop, reorient, reorientation
 from med_gradcam.maps import Heatmap, axis_weights, draw, drawing
 from tests.tiny import ORDERS, affine_of, explained, grids
@@ -295,7 +295,7 @@ def test_axis_weights_sum_to_one_or_nothing(
     [
         ({"values": np.zeros((2, 2, 3), np.float32)}, r"grid \(2, 2, 2\), got float32 \(2, 2, 3\)"),
         ({"values": np.zeros((2, 2, 2))}, "got float64"),
-        ({"polarity": "both"}, "expected for, against or signed, got 'both'"),
+        ({"polarity": "both"}, "expected for, against, signed or strength, got 'both'"),
     ],
 )
 def test_no_heatmap(changes: dict[str, Any], says: str) -> None:
@@ -308,3 +308,35 @@ def test_no_heatmap(changes: dict[str, Any], says: str) -> None:
     }
     with pytest.raises(InputError, match=says):
         Heatmap(**{**fields, **changes})
+
+
+# ---------------------------------------------------------------------------- maps without a sign
+
+
+def test_a_map_without_a_sign_is_one_map() -> None:
+    image = Geometry((8, 8, 8), np.eye(4))
+    grid = cells(image, (2, 2, 2), (0.5, 0.5, 0.5), (4, 4, 4))
+    evidence = np.random.default_rng(0).random((4, 4, 4))
+    signed, bare = (draw(explained(evidence, grid, image, signed=s)) for s in (True, False))
+    assert (signed.has_sign, bare.has_sign) == (True, False)
+    assert [h.polarity for h in signed.written] == ["signed", "for", "against"]
+    assert [h.polarity for h in bare.written] == ["strength"]
+    assert {side: h.polarity for side, h in signed.sides.items()} == {
+        "for": "for",
+        "against": "against",
+    }
+    assert {side: h.polarity for side, h in bare.sides.items()} == {"strength": "strength"}
+    assert np.array_equal(bare.signed.values, signed.raises.values)
+    assert not bare.lowers.values.any()
+    assert bare.coloured_share == signed.coloured_share > 0
+    other = from_case(9.0, "t", "m", "l")
+    assert [h.scale for h in bare.on_scale(other).written] == [other]
+
+
+def test_what_cannot_be_drawn_is_one_sentence() -> None:
+    image = Geometry((8, 8, 8), np.eye(4))
+    e = explained(np.ones((8, 8, 8)), image, image)
+    with pytest.raises(UsageError, match=r"expected a grid .* got int; leave it out"):
+        draw(e, 3)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="expected an Explanation to draw, got str"):
+        draw("e")  # type: ignore[arg-type]

@@ -36,8 +36,8 @@ def test_below_the_floor_nothing_is_coloured() -> None:
     assert (np.diff(alpha) >= 0).all()
     assert alpha[6] == alpha[7] == pytest.approx(paint.OPACITY[1])
     backdrop = np.full((1, 8), 77, dtype=np.uint8)
-    for raises, lowers in ((density[None], None), (None, density[None])):
-        picture = paint.blend(backdrop, raises, lowers, SCALE)
+    for side in paint.RAMPS:
+        picture = paint.blend(backdrop, {side: density[None]}, SCALE)
         assert (picture[0, :4] == 77).all()
         assert (picture[0, 4:] != 77).any(axis=-1).all()
     assert (paint.rgba(density, "for", SCALE)[:4, 3] == 0).all()
@@ -56,29 +56,29 @@ def test_a_floor_at_the_peak_is_a_plain_threshold() -> None:
 def test_one_scale_gives_one_colour_whatever_else_the_case_holds() -> None:
     quiet, loud = np.full((2, 2), 1.1, np.float32), np.array([[1.1, 50], [3, 0]], np.float32)
     backdrop = np.full((2, 2), 60, dtype=np.uint8)
-    a = paint.blend(backdrop, quiet, None, SCALE)[0, 0]
-    b = paint.blend(backdrop, loud, None, SCALE)[0, 0]
+    a = paint.blend(backdrop, {"for": quiet}, SCALE)[0, 0]
+    b = paint.blend(backdrop, {"for": loud}, SCALE)[0, 0]
     np.testing.assert_array_equal(a, b)
 
 
 def test_for_is_orange_against_is_blue_and_neither_hides_the_other() -> None:
     backdrop = np.full((1, 1), 60, dtype=np.uint8)
     one = np.full((1, 1), 2.0, dtype=np.float32)
-    red, _, blue = paint.blend(backdrop, one, None, SCALE)[0, 0].astype(int)
+    red, _, blue = paint.blend(backdrop, {"for": one}, SCALE)[0, 0].astype(int)
     assert red > blue + 60
-    red, _, blue = paint.blend(backdrop, None, one, SCALE)[0, 0].astype(int)
+    red, _, blue = paint.blend(backdrop, {"against": one}, SCALE)[0, 0].astype(int)
     assert blue > red + 60
     weak = np.full((1, 1), 1.2, dtype=np.float32)
-    both = paint.blend(backdrop, one, weak, SCALE)[0, 0].astype(int)
-    alone = paint.blend(backdrop, one, None, SCALE)[0, 0].astype(int)
+    both = paint.blend(backdrop, {"for": one, "against": weak}, SCALE)[0, 0].astype(int)
+    alone = paint.blend(backdrop, {"for": one}, SCALE)[0, 0].astype(int)
     assert both[2] > alone[2] + 15  # the weaker sign still shows
-    swapped = paint.blend(backdrop, weak, one, SCALE)[0, 0].astype(int)
+    swapped = paint.blend(backdrop, {"for": weak, "against": one}, SCALE)[0, 0].astype(int)
     assert swapped[2] > both[2]
 
 
 def test_no_evidence_leaves_the_scan_grey() -> None:
     backdrop = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    picture = paint.blend(backdrop, None, None, SCALE)
+    picture = paint.blend(backdrop, {}, SCALE)
     np.testing.assert_array_equal(picture, np.repeat(backdrop[..., None], 3, axis=-1))
 
 

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from med_gradcam.calibration import Calibration
-from med_gradcam.explanation import Cells, Explanation, LayerTrial, Reference, Region
+from med_gradcam.errors import ImageError
+from med_gradcam.explanation import Cells, Explanation, LayerTrial, Measure, Reference, Region
 from med_gradcam.geometry import Geometry, cells
 from med_gradcam.maps import draw
 from med_gradcam.record import FORMAT, from_record, to_json, to_record
@@ -52,6 +53,7 @@ changes = st.fixed_dictionaries(
         ),
         "status": st.sampled_from(["complete", "not_converged", "not_a_cut", "no_sum"]),
         "cost_in_forwards": number,
+        "measure": st.sampled_from(get_args(Measure)),
         "bypassed": maybe,
         "modality": st.none() | text,
         "calibration": st.none()
@@ -118,6 +120,35 @@ def test_the_keys_that_scripts_rely_on() -> None:
     assert record["residual"] == pytest.approx(difference - net)
     assert {"ras_mm", "lps_mm", "words"} <= set(record["peaks"][0])
     assert record["verdict"] is None
+
+
+@pytest.mark.parametrize("link", ["softmax", "none"])
+def test_results_from_before_there_were_other_units_are_read(link: str) -> None:
+    target = Target("class" if link == "softmax" else "regression", "x", (1,), link)  # type: ignore[arg-type]
+    e = explained(EVIDENCE, GRID, IMAGE, target=target)
+    old = json.loads(to_json(to_record(e)))
+    for key in ("score_unit", "parts", "notices", "signed"):
+        del old[key]
+    assert old["unit"] == e.target.unit
+    assert from_record(old, EVIDENCE) == e
+
+
+def test_a_map_without_a_sign_has_no_words_for_and_against() -> None:
+    e = explained(np.abs(EVIDENCE), GRID, IMAGE, signed=False, measure="relative units")
+    record = json.loads(to_json(to_record(e, draw(e))))
+    assert (record["signed"], record["sum_for"], record["sum_against"]) == (False, None, None)
+    assert record["target"]["words"] is None
+    assert {peak["polarity"] for peak in record["peaks"]} == {"strength"}
+    assert from_record(record, np.abs(EVIDENCE)) == e
+    assert problems(record) == []
+    signed = to_record(e.replace(signed=True), draw(e.replace(signed=True)))
+    assert (signed["signed"], signed["sum_against"]) == (True, 0.0)
+
+
+def test_a_unit_that_there_is_not_is_a_damaged_record() -> None:
+    record = {**to_record(explained(EVIDENCE, GRID, IMAGE)), "unit": "volts"}
+    with pytest.raises(ImageError, match=r"expected a measure of .* got 'volts'"):
+        from_record(record, EVIDENCE)
 
 
 def test_the_schema_names_every_key_and_no_other() -> None:

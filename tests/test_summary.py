@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from med_gradcam.explanation import STATUS_WORDS
 from med_gradcam.geometry import Geometry, cells
 from med_gradcam.maps import draw
-from med_gradcam.summary import evidence_within, peaks
+from med_gradcam.summary import evidence_within, peaks, status_words
 from tests.tiny import affine_of, explained
 
 IMAGE = Geometry((24, 24, 24), affine_of("LPS", (1, 1, 2), (10, 10, -20)))
@@ -58,3 +59,20 @@ def test_peaks_at_opposite_rims_are_two_peaks() -> None:
     evidence = np.zeros((6, 6, 6))
     evidence[0, 0, 0], evidence[5, 0, 0] = 1.0, 2.0
     assert [p.evidence for p in peaks(explained(evidence, CELLS, IMAGE))] == [2.0, 1.0]
+
+
+def test_a_map_without_a_sign_has_peaks_of_its_strength() -> None:
+    evidence = np.zeros((6, 6, 6))
+    evidence[1, 1, 1], evidence[4, 4, 4] = 2.0, 3.0
+    e = explained(evidence, CELLS, IMAGE, signed=False)
+    for found in (peaks(e), peaks(e, draw(e))):
+        assert [(p.polarity, p.evidence) for p in found] == [("strength", 3), ("strength", 2)]
+
+
+def test_without_a_reference_a_map_adds_up_to_the_score() -> None:
+    e = explained(np.ones((6, 6, 6)), CELLS, IMAGE)
+    assert status_words(e) == "the map adds up to the score's difference from the reference"
+    assert status_words(e.replace(reference_score=None)) == "the map adds up to the score"
+    for status in ("not_converged", "not_a_cut", "no_sum"):
+        other = e.replace(reference_score=None, status=status)
+        assert status_words(other) == STATUS_WORDS[status]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,6 +116,60 @@ def _known(method: str) -> Callable[[torch.nn.Module, str], Call]:
     return make
 
 
+def _fast(method: str) -> Callable[[torch.nn.Module, str], Call]:
+    """As `_direct`, the part up to the layer fused; building and checking it is off the clock."""
+
+    def make(net: torch.nn.Module, layer: str) -> Call:
+        from med_gradcam import _plugins, fast
+        from med_gradcam.capture import capture
+        from med_gradcam.methods import Bound
+        from med_gradcam.tail import at_rest
+
+        module = _plugins.load("methods", method)
+        built: list[fast.Part] = []
+
+        def call(x: torch.Tensor) -> Any:
+            with at_rest(net):
+                if not built or built[0].shape != x.shape:
+                    built[:] = [fast.part(net, [layer], x, fast.Compare(lambda _: _score))[0]]
+                with fast.standing_in(net, built[0]):
+                    _, found = capture(net, layer, x, lambda _: _score)
+                return module.evidence(found, Bound(float("inf"), 0.0)).values
+
+        return call
+
+    return make
+
+
+def _secant_known(net: torch.nn.Module, layer: str, *, fused: bool = False) -> Call:
+    """As `_secant`, the reference run once for all scans; `fused`: with the fast part, too."""
+    from contextlib import nullcontext
+
+    from med_gradcam import fast
+    from med_gradcam.observe import Known
+    from med_gradcam.secant.pair import Run, run_all, share
+    from med_gradcam.tail import at_rest
+
+    known, built = Known(), list[fast.Part]()
+
+    def runs(x: torch.Tensor) -> list[Run]:
+        return run_all(net, [layer], x, lambda _: [_score])
+
+    def call(x: torch.Tensor) -> Any:
+        zero, wanted = torch.zeros_like(x), ([layer], False, [])
+        with at_rest(net):
+            if fused and (not built or built[0].shape != x.shape):
+                built[:] = [fast.part(net, [layer], x, fast.Compare(lambda _: _score))[0]]
+            with fast.standing_in(net, built[0]) if fused else nullcontext():
+                if known.reference is None or known.reference.shape != x.shape:
+                    known.keep(zero, wanted, runs(zero))
+                (case,) = runs(x)
+            (other,) = known.of(zero, wanted)
+            return share(case, other, [layer]).evidence(layer)
+
+    return call
+
+
 def _secant(net: torch.nn.Module, layer: str) -> Call:
     """The pair of scan and reference (zeros), both run each time."""
     from med_gradcam.secant.pair import run, share
@@ -183,6 +238,9 @@ VARIANTS = {
         Variant("plain inference of scan and reference", _pair),
         Variant("ours: secant", _secant),
         Variant("ours: secant, one block earlier", _secant, "earlier"),
+        Variant("ours: secant, reference known", _secant_known),
+        Variant("ours: Grad-CAM, --fast", _fast("gradcam")),
+        Variant("ours: secant, reference known, --fast", partial(_secant_known, fused=True)),
         Variant(f"ours: Grad-CAM, {OUTPUTS} classes", _all_classes, not_for=SEGMENTATION),
         Variant("ours: explain(), first call", _explain_first, fresh=True),
         Variant("ours: explain(), later calls", _explain),

@@ -17,6 +17,7 @@ from med_gradcam import outputs, targeting
 from med_gradcam.capture import Capture, capture_all
 from med_gradcam.case import Case
 from med_gradcam.errors import CannotExplainError, UsageError
+from med_gradcam.explaining import explained
 from med_gradcam.explanation import Cells, Explanation
 from med_gradcam.graph import LayerInfo, Trace
 from med_gradcam.model import Model
@@ -200,7 +201,13 @@ def _layer(case: Case, traced: Trace) -> tuple[str, bool]:
         if name == INPUT:
             raise UsageError("expected a layer inside the network, got its input.")
         return name, True
-    return case.layers(traced)[0], False
+    name = case.layers(traced)[0]
+    if name == INPUT:
+        raise UsageError(
+            "expected a layer inside the network, auto takes its input: every layer sees single "
+            "voxels only; name one with --layer."
+        )
+    return name, False
 
 
 def _classes(target: Target, output: Any, model: Model) -> Iterator[Target]:
@@ -230,7 +237,7 @@ def _explained(case: Case, name: str) -> tuple[Explanation | str, Explanation | 
     def one(layer: str) -> Explanation | str:
         case.begin(replace(request, layer=layer))
         try:
-            return case.explained()
+            return explained(case)
         except CannotExplainError as error:
             return str(error)
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from med_gradcam import paint
 from med_gradcam.calibration import Calibration
 from med_gradcam.formats import _words
+from med_gradcam.maps import Side
 
 Colour = tuple[int, int, int]
 Line = tuple[str, Colour]
@@ -134,20 +135,18 @@ def write_lines(image: Image.Image, at: Pixels, lines: Sequence[Line], size: int
 
 
 def colour_bar(
-    image: Image.Image, at: Pixels, height: int, side: paint.Side, scale: Calibration, unit: str
+    image: Image.Image, at: Pixels, height: int, side: Side, scale: Calibration, unit: str
 ) -> int:
-    """One polarity's bar with peak, floor and zero, its words and unit; returns its lower end."""
+    """One side's bar with peak, floor and zero, its words and unit; returns its lower end."""
     x, y = at
-    words = _words.RAISES if side == "for" else _words.LOWERS
     width = LEGEND_WIDTH - MARGIN
-    title = [(line, BRIGHT) for line in wrapped(words, NORMAL, width)]
+    title = [(line, BRIGHT) for line in wrapped(_words.MEANS[side], NORMAL, width)]
     y = write_lines(image, (x, y), title, NORMAL)
     y = write_lines(image, (x, y), quiet([unit]), SMALL) + 8
     values = np.linspace(scale.peak_per_ml, 0, height, dtype=np.float32)[:, None]
     values = np.repeat(values, _BAR_WIDTH, axis=1)
     backdrop = np.full(values.shape, _BAR_GROUND, dtype=np.uint8)
-    raises, lowers = (values, None) if side == "for" else (None, values)
-    image.paste(Image.fromarray(paint.blend(backdrop, raises, lowers, scale)), (x, y))
+    image.paste(Image.fromarray(paint.blend(backdrop, {side: values}, scale)), (x, y))
     draw = ImageDraw.Draw(image)
     draw.rectangle((x - 1, y - 1, x + _BAR_WIDTH, y + height), outline=QUIET)
     for value, words in _ticks(scale):

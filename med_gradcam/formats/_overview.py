@@ -8,6 +8,7 @@ from med_gradcam.explanation import Explanation
 from med_gradcam.formats import _canvas, _panel, _words
 from med_gradcam.formats._scene import Peak, Scene
 from med_gradcam.geometry import point_words
+from med_gradcam.maps import Side
 from med_gradcam.projection import VIEWS, View, slice_scan
 
 _PANEL, _GAP, _HEADING = 432, 14, 34
@@ -15,14 +16,15 @@ _BAR = 300
 _BAR_TOP = 56
 _ACROSS = 3 * _PANEL + 2 * _GAP
 _WIDTH = _canvas.MARGIN + _ACROSS + 24 + _canvas.LEGEND_WIDTH
-_STRONGEST = {
+_STRONGEST: dict[Side, str] = {
     "for": "Where it most raises the model's score",
     "against": "Where it most lowers the model's score",
+    "strength": "Where the map is strongest",
 }
 
 
 def overview(scene: Scene) -> Image.Image:
-    """One row of three views through the strongest place of each polarity above the floor."""
+    """One row of three views through the strongest place of each side above the floor."""
     width = _WIDTH - 2 * _canvas.MARGIN
     header = header_lines(scene.explanation, width)
     notes = _canvas.wrapped("; ".join(scene.notes("scan")), _canvas.SMALL, width)
@@ -32,7 +34,9 @@ def overview(scene: Scene) -> Image.Image:
     foot = body + rows * (_HEADING + _PANEL + _GAP) + 6
     height = foot + _canvas.paragraph_height(len(notes), _canvas.SMALL) + _canvas.MARGIN - 8
     image = _canvas.sheet(_WIDTH, height)
-    title_row(image, f"Target: {_words.clean(scene.explanation.target.label)}")
+    label = _words.clean(scene.explanation.target.label)
+    signed = scene.maps.has_sign
+    title_row(image, f"Target: {label}" if signed else f"Map without a sign, target: {label}")
     x = _canvas.MARGIN
     _canvas.write_lines(image, (x, top), header, _canvas.NORMAL)
     peaks: tuple[Peak | None, ...] = scene.peaks or (None,)
@@ -77,11 +81,11 @@ def _row(image: Image.Image, top: int, scene: Scene, peak: Peak | None) -> None:
     if peak is None:
         i, j, k = scene.box.mean(axis=0).round().tolist()
         index = (i, j, k)
-        words = _words.nothing(scene.maps.raises.scale)
+        words = scene.nothing()
         words = f"{words[0].upper()}{words[1:]}; shown: {point_words(_ras(scene, index))}"
     else:
         index = peak.index_ijk
-        unit = scene.maps.raises.unit
+        unit = scene.maps.signed.unit
         words = f"{_STRONGEST[peak.side]}: {peak.words}, {_words.number(peak.density)} {unit}"
     _canvas.write(image, (_canvas.MARGIN, top + 6), words, 18, _canvas.BRIGHT)
     for number, view in enumerate(VIEWS):
@@ -101,13 +105,11 @@ def _view(
     plane = scene.planes[view]
     row, column, depth = plane.row_column_depth(index).tolist()
     at, room = round(depth), (_PANEL, _PANEL)
-    maps = scene.maps
     layers = _panel.Layers(
         None if scene.scan is None else slice_scan(scene.scan, plane, at),
         scene.window,
-        slice_scan(maps.raises.values, plane, at),
-        slice_scan(maps.lowers.values, plane, at),
-        maps.raises.scale,
+        {side: slice_scan(shown.values, plane, at) for side, shown in scene.sides.items()},
+        scene.maps.signed.scale,
     )
     seen = _panel.seen_box(plane, scene.box)
     zoomed = _panel.zoom_field(plane, seen, room) if scene.patch else None
@@ -121,22 +123,20 @@ def _view(
     if zoomed is not None:
         _panel.inset(panel, field, layers)
     if not pointed:
-        _panel.message(panel, _words.nothing(maps.raises.scale))
+        _panel.message(panel, scene.nothing())
     return panel
 
 
 def _legend(image: Image.Image, at: tuple[int, int], room: int, scene: Scene) -> None:
-    """Both colour bars, one below the other."""
+    """The colour bars, one below the other."""
     x, y = at
-    scale, unit = scene.maps.raises.scale, scene.maps.raises.unit
-    height = min(_BAR, room // 2 - _BAR_TOP - 40)
-    y = _canvas.colour_bar(image, (x, y), height, "for", scale, unit) + 28
-    y = _canvas.colour_bar(image, (x, y), height, "against", scale, unit) + 22
+    scale, unit = scene.maps.signed.scale, scene.maps.signed.unit
+    height = min(_BAR, room // len(scene.sides) - _BAR_TOP - 40)
+    for side in scene.sides:
+        y = _canvas.colour_bar(image, (x, y), height, side, scale, unit) + 26
     width = _canvas.LEGEND_WIDTH - _canvas.MARGIN
     missing = [
-        _words.nothing(scale, f"evidence {side}")
-        for side in ("for", "against")
-        if scene.peaks and all(peak.side != side for peak in scene.peaks)
+        scene.nothing(side) for side in scene.sides if scene.peaks and scene.peak(side) is None
     ]
     for words in missing:
         lines = _canvas.wrapped(words, _canvas.SMALL, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from med_gradcam.calibration import Calibration
 from med_gradcam.errors import UsageError
 from med_gradcam.formats import _canvas
 from med_gradcam.geometry import Geometry
+from med_gradcam.maps import Side
 from med_gradcam.projection import Plane
 
 FRAME = (222, 222, 222)
@@ -67,12 +69,11 @@ class Field:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layers:
-    """What lies on a plane (rows, columns): the scan in grey under one or both polarities."""
+    """What lies on a plane (rows, columns): the scan in grey under the coloured sides."""
 
     scan: Array | None
     window: paint.Window | None
-    raises: Array | None
-    lowers: Array | None
+    sides: Mapping[Side, Array]
     scale: Calibration
 
 
@@ -82,7 +83,7 @@ def checked_scan(bundle: Bundle) -> Array | None:
     Raises:
         UsageError: the scan lies on another grid than the maps.
     """
-    volume, grid = bundle.volume, bundle.maps.raises.grid
+    volume, grid = bundle.volume, bundle.maps.signed.grid
     if volume is None:
         return None
     if volume.grid.shape != grid.shape or not np.allclose(volume.grid.affine, grid.affine):
@@ -132,11 +133,8 @@ def picture(field: Field, layers: Layers) -> Image.Image:
     else:
         values = paint.sample(layers.scan, rows, columns, outside=layers.window.low)
         backdrop = paint.grey(values, layers.window)
-    raises, lowers = (
-        None if side is None else paint.sample(side, rows, columns)
-        for side in (layers.raises, layers.lowers)
-    )
-    return Image.fromarray(paint.blend(backdrop, raises, lowers, layers.scale))
+    sides = {side: paint.sample(shown, rows, columns) for side, shown in layers.sides.items()}
+    return Image.fromarray(paint.blend(backdrop, sides, layers.scale))
 
 
 def _empty(field: Field) -> paint.Bytes:
@@ -192,7 +190,7 @@ def inset(image: Image.Image, field: Field, layers: Layers) -> None:
     """The whole plane, small, at the lower right, with a frame where the picture lies in it."""
     side = round(min(image.size) * _INSET_SHARE)
     whole = whole_field(field.plane, (side, side))
-    small = picture(whole, Layers(layers.scan, layers.window, None, None, layers.scale))
+    small = picture(whole, Layers(layers.scan, layers.window, {}, layers.scale))
     rows, columns = field.indices()
     outline(small, whole, np.array(((rows[0], columns[0]), (rows[-1], columns[-1]))))
     at = (image.width - side - 7, image.height - side - 7)

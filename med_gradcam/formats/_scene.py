@@ -11,7 +11,7 @@ from med_gradcam.bundle import Bundle
 from med_gradcam.explanation import Explanation
 from med_gradcam.formats import _panel, _words
 from med_gradcam.geometry import Geometry, point_words, side_words
-from med_gradcam.maps import Heatmap, Maps
+from med_gradcam.maps import Heatmap, Maps, Side
 from med_gradcam.projection import VIEWS, Plane, View, plane_of
 
 _OBLIQUE_DEGREES = 2.0
@@ -21,9 +21,9 @@ _LOST_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The strongest voxel of one polarity: index, RAS+ mm, density in the map's unit."""
+    """The strongest voxel of one side: index, RAS+ mm, density in the map's unit."""
 
-    side: paint.Side
+    side: Side
     index_ijk: tuple[int, int, int]
     ras_mm: tuple[float, float, float]
     density: float
@@ -51,29 +51,39 @@ class Scene:
     @property
     def grid(self) -> Geometry:
         """The grid of scan and maps."""
-        return self.maps.raises.grid
+        return self.maps.signed.grid
 
-    def heatmap(self, side: paint.Side) -> Heatmap:
-        """The map of one polarity."""
-        return self.maps.raises if side == "for" else self.maps.lowers
+    @property
+    def sides(self) -> dict[Side, Heatmap]:
+        """The maps that are coloured."""
+        return self.maps.sides
 
-    def peak(self, side: paint.Side) -> Peak | None:
-        """The strongest place of a polarity; None when it does not reach the floor."""
+    def peak(self, side: Side) -> Peak | None:
+        """The strongest place of a side; None when it does not reach the floor."""
         return next((peak for peak in self.peaks if peak.side == side), None)
+
+    def nothing(self, side: Side | None = None) -> str:
+        """Said where nothing of a side is coloured, or (None) nothing at all."""
+        if not self.maps.has_sign:
+            side = "strength"
+        elif not self.peaks:
+            side = None
+        return _words.nothing(self.maps.signed.scale, side)
 
     def notes(self, backdrop: str) -> list[str]:
         """What a reader must know beside the numbers, in short phrases."""
-        notes = [_words.scale(self.maps.raises.scale)]
+        notes = [_words.scale(self.maps.signed.scale)]
         if self.window is not None:
             low, high = _words.number(self.window.low), _words.number(self.window.high)
             unit = f" {self.scan_unit}" if self.scan_unit == "HU" else ""
             notes.append(f"{backdrop} in grey, {self.window.name} window ({low} to {high}{unit})")
         if self.patch:
             notes.append(_words.BOX_WORDS)
-        lost = self.maps.raises.outside_image + self.maps.lowers.outside_image
+        lost = sum(heatmap.outside_image for heatmap in self.sides.values())
         if lost > _LOST_SHARE * (self.explanation.sum_for + self.explanation.sum_against):
-            unit = self.explanation.unit
-            notes.append(f"evidence of {_words.number(lost)} {unit} lies outside the scan, undrawn")
+            amount = f"{_words.number(lost)} {self.explanation.unit}"
+            what = "evidence" if self.maps.has_sign else "strength"
+            notes.append(f"{what} of {amount} lies outside the scan, undrawn")
         if self.grid.oblique_degrees > _OBLIQUE_DEGREES:
             notes.append(
                 f"oblique scan ({self.grid.oblique_degrees:.0f} degrees), shown along its own "
@@ -88,14 +98,14 @@ def scene(bundle: Bundle) -> Scene:
     Raises:
         UsageError: the scan lies on another grid than the maps.
     """
-    grid = bundle.maps.raises.grid
+    grid = bundle.maps.signed.grid
     scan, volume = _panel.checked_scan(bundle), bundle.volume
     box = _panel.cells_box(bundle.explanation.grid, grid)
     patch = _panel.is_patch(box, grid)
     window = None
     if scan is not None and volume is not None:
         window = paint.window_for(volume, _inside(scan, box) if patch else scan)
-    found = (_peak(bundle.maps.raises, "for"), _peak(bundle.maps.lowers, "against"))
+    found = [_peak(heatmap, side) for side, heatmap in bundle.maps.sides.items()]
     return Scene(
         bundle.explanation,
         bundle.maps,
@@ -117,7 +127,7 @@ def _inside(scan: _panel.Array, box: _panel.Box) -> _panel.Array:
     return cut if cut.size else scan
 
 
-def _peak(heatmap: Heatmap, side: paint.Side) -> Peak | None:
+def _peak(heatmap: Heatmap, side: Side) -> Peak | None:
     i, j, k = (int(n) for n in np.unravel_index(heatmap.values.argmax(), heatmap.values.shape))
     density = float(heatmap.values[i, j, k])
     if not (density > 0 and density >= heatmap.floor):

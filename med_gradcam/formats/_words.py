@@ -8,12 +8,25 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from med_gradcam.calibration import Calibration
-from med_gradcam.explanation import STATUS_WORDS, Explanation
+from med_gradcam.calibration import ALL_LAYERS, Calibration
+from med_gradcam.explanation import Explanation
+from med_gradcam.maps import Side
+from med_gradcam.summary import NO_SIGN, status_words
 from med_gradcam.target import Target
 
 RESEARCH_USE = "Research use. Not for diagnostic use."
-RAISES, LOWERS = "raises the model's score", "lowers the model's score"
+# What a colour means, on its bar.
+MEANS: dict[Side, str] = {
+    "for": "raises the model's score",
+    "against": "lowers the model's score",
+    "strength": "map strength (no sign)",
+}
+_NOTHING: dict[Side | None, str] = {
+    None: "no evidence",
+    "for": "no evidence for",
+    "against": "no evidence against",
+    "strength": "nothing",
+}
 BOX_WORDS = "thin frame: the part of the scan that was explained"
 _LABEL_LIMIT = 48
 _SURE, _TINY, _SMALL = 0.9999, 1e-6, 1e-3
@@ -79,7 +92,9 @@ def relative(explanation: Explanation) -> str:
 
 
 def sums(explanation: Explanation) -> str:
-    """For, against, net, and what is missing."""
+    """For, against, net, and what is missing; or that the map has no sign."""
+    if not explanation.signed:
+        return f"This map, in {explanation.unit}, has {NO_SIGN}"
     up, down = explanation.sum_for, explanation.sum_against
     words = f"Evidence for {number(up)}, against {number(down)}, net {number(up - down)}"
     if explanation.residual is None or explanation.reference_score is None:
@@ -93,7 +108,7 @@ def sums(explanation: Explanation) -> str:
 
 def status(explanation: Explanation) -> str:
     """Whether the map adds up."""
-    words = STATUS_WORDS[explanation.status]
+    words = status_words(explanation)
     if explanation.status == "not_a_cut" and explanation.bypassed is not None:
         words += f" ({explanation.bypassed:.0%})"
     return words[0].upper() + words[1:]
@@ -116,13 +131,15 @@ def cells(explanation: Explanation) -> str:
 
 def scale(calibration: Calibration) -> str:
     """Where the colour scale comes from."""
+    if calibration.of_case and calibration.layer == ALL_LAYERS:
+        return "colour scale: this case only, the same for all layers"
     if calibration.of_case:
         return "colour scale: this case only (model not calibrated)"
     return f"colour scale: fixed for this model (learnt from {calibration.volumes} scans)"
 
 
-def nothing(calibration: Calibration, which: str = "evidence") -> str:
-    """Said where nothing is coloured; `which` is evidence, evidence for or evidence against."""
+def nothing(calibration: Calibration, side: Side | None = None) -> str:
+    """Said where nothing is coloured, of one side or (None) of both polarities."""
     if calibration.of_case:
-        return f"no {which} above the floor of this case's colour scale"
-    return f"no {which} above the model's noise floor"
+        return f"{_NOTHING[side]} above the floor of this case's colour scale"
+    return f"{_NOTHING[side]} above the model's noise floor"

@@ -1,4 +1,4 @@
-"""How do the three maps become DICOM Parametric Maps on the source series' own slices?
+"""How do the maps become DICOM Parametric Maps on the source series' own slices?
 
 One series per map, float32, frames ascending along row x column, one source image per frame. Built
 from an empty data set, so that nothing of the source travels that was not chosen (_dicom_identity).
@@ -19,11 +19,12 @@ from pydicom.uid import ExplicitVRLittleEndian, ParametricMapStorage, generate_u
 from med_gradcam import __version__
 from med_gradcam.bundle import Bundle
 from med_gradcam.errors import ImageError, UsageError
-from med_gradcam.explanation import STATUS_WORDS, Explanation
+from med_gradcam.explanation import Explanation
 from med_gradcam.formats import _dicom_frames as fg
 from med_gradcam.formats import _dicom_identity as identity
 from med_gradcam.formats._dicom_headers import Slice, header, load_header, quiet
 from med_gradcam.maps import Heatmap
+from med_gradcam.summary import NO_SIGN, status_words
 from med_gradcam.volume import Volume
 
 TITLE = "DICOM Parametric Maps: for, against and signed, each its own series"
@@ -37,6 +38,7 @@ _SERIES = {
     "for": (9001, "Evidence for", "EVIDENCE_FOR"),
     "against": (9002, "Evidence against", "EVIDENCE_AGAINST"),
     "signed": (9003, "Signed evidence", "EVIDENCE_SIGNED"),
+    "strength": (9004, "Map without sign", "MAP_STRENGTH"),
 }
 _WARNING = "(research, not for diagnosis)"
 
@@ -76,6 +78,8 @@ def why_not(volume: Volume | None) -> str | None:
 def save(bundle: Bundle, folder: Path) -> list[Path]:
     """Write dicom/for.dcm, against.dcm and signed.dcm into `folder`; returns their paths.
 
+    A map without a sign becomes dicom/strength.dcm instead.
+
     Raises:
         UsageError: the scan is no DICOM series, or the maps are not on its grid.
         ImageError: the source slices are gone or have changed.
@@ -83,13 +87,12 @@ def save(bundle: Bundle, folder: Path) -> list[Path]:
     reason = why_not(bundle.volume)
     if reason or bundle.volume is None:
         raise UsageError(reason or "expected a scan.")
-    maps = bundle.maps
     with quiet():
         origin = _origin(bundle.volume, bundle.explanation)
         target = folder / "dicom"
         target.mkdir(exist_ok=True)
         written = []
-        for heatmap in (maps.raises, maps.lowers, maps.signed):
+        for heatmap in bundle.maps.written:
             _check_map(heatmap, bundle.volume)
             path = target / f"{heatmap.polarity}.dcm"
             data = _data_set(heatmap, bundle.explanation, origin, identified=bundle.identified)
@@ -239,16 +242,20 @@ def _equipment(data: Dataset, explanation: Explanation, origin: _Origin) -> None
 def _story(explanation: Explanation, origin: _Origin) -> str:
     """What the map says, in full sentences; free of paths and of anything about the patient."""
     relative = "a file" if explanation.reference.kind == "file" else explanation.reference.words
+    label, signed = explanation.target.label, explanation.signed
+    what = f"Evidence for and against {label}" if signed else f"Map without a sign, target {label}"
     parts = [
-        f"NOT FOR DIAGNOSTIC USE. Evidence for and against {explanation.target.label}, in "
+        f"NOT FOR DIAGNOSTIC USE. {what}, in "
         f"{explanation.unit} per mL, method {explanation.method} at layer {explanation.layer}, "
         f"relative to {relative}",
-        f"model score {explanation.score:.6g} {explanation.unit}",
+        f"model score {explanation.score:.6g} {explanation.target.unit}",
         f"score of the reference {explanation.reference_score:.6g}"
         if explanation.reference_score is not None
         else "no reference score",
-        f"evidence for {explanation.sum_for:.6g}, against {explanation.sum_against:.6g}",
-        STATUS_WORDS[explanation.status],
+        f"evidence for {explanation.sum_for:.6g}, against {explanation.sum_against:.6g}"
+        if signed
+        else f"this map has {NO_SIGN}",
+        status_words(explanation),
         *origin.notes,
     ]
     return ". ".join(parts) + "."
@@ -296,7 +303,10 @@ def _real_world(heatmap: Heatmap) -> Dataset:
     mapping.DoubleFloatRealWorldValueFirstValueMapped = low
     mapping.DoubleFloatRealWorldValueLastValueMapped = high if high > low else low + heatmap.peak
     mapping.RealWorldValueIntercept, mapping.RealWorldValueSlope = 0.0, 1.0
-    mapping.MeasurementUnitsCodeSequence = fg.code("/mL", "UCUM", heatmap.unit)
+    amount = heatmap.unit in ("log-odds per mL", "score per mL")
+    mapping.MeasurementUnitsCodeSequence = fg.code(
+        "/mL" if amount else "[arb'U]/mL", "UCUM", heatmap.unit
+    )
     quantity.ValueType = "CODE"
     quantity.ConceptNameCodeSequence = fg.code("246205007", "SCT", "Quantity")
     quantity.ConceptCodeSequence = fg.code("130403", "DCM", "Gradient-weighted class activation")

@@ -172,20 +172,21 @@ def _voxels(image: Any, path: Path) -> npt.NDArray[Any]:
 
 
 def save(bundle: Bundle, folder: Path) -> list[Path]:
-    """explanation.nii.gz (the native cells) and signed, for, against (the image grid)."""
+    """explanation.nii.gz (the native cells) and, on the image grid, signed, for and against.
+
+    A map without a sign has strength.nii.gz instead of the three.
+    """
     e, maps = bundle.explanation, bundle.maps
     return [
         write_explanation(e, folder / "explanation.nii.gz", to_record(e, maps)),
-        *(
-            _write_map(heatmap, folder / f"{heatmap.polarity}.nii.gz")
-            for heatmap in (maps.signed, maps.raises, maps.lowers)
-        ),
+        *(_write_map(heatmap, folder / f"{heatmap.polarity}.nii.gz") for heatmap in maps.written),
     ]
 
 
 def write_explanation(explanation: Explanation, path: Path, record: dict[str, Any]) -> Path:
     """The cells with their exact affine; the whole record rides in a header extension."""
-    image = _image(explanation.evidence, explanation.grid, f"{explanation.unit}/cell")
+    intent = _intent(explanation.unit, "cell")
+    image = _image(explanation.evidence, explanation.grid, intent, signed=explanation.signed)
     text = to_json(record).encode()
     image.header.extensions.append(nib.nifti1.Nifti1Extension(_JSON_EXTENSION, text))
     return _write(image, path)
@@ -218,18 +219,27 @@ def read_explanation(path: Path) -> Explanation:
 
 
 def _write_map(heatmap: Heatmap, path: Path) -> Path:
-    unit = "log-odds/mL" if heatmap.unit.startswith("log-odds") else "score/mL"
-    image = _image(heatmap.values, heatmap.grid, unit)
+    intent, signed = _intent(heatmap.unit, "mL"), heatmap.polarity != "strength"
+    image = _image(heatmap.values, heatmap.grid, intent, signed=signed)
     image.header["cal_max"] = heatmap.peak
     image.header["cal_min"] = -heatmap.peak if heatmap.polarity == "signed" else 0.0
     return _write(image, path)
 
 
-def _image(values: npt.NDArray[np.float32], grid: Geometry, unit: str) -> Any:
+def _intent(unit: str, per: str) -> str:
+    """The unit in the 15 characters that an intent name has."""
+    if "input unit" in unit:
+        return f"gradient/{per}"
+    word = next(w for w in ("log-odds", "relative", "score") if unit.startswith(w))
+    return f"{word}/{per}"
+
+
+def _image(values: npt.NDArray[np.float32], grid: Geometry, unit: str, *, signed: bool) -> Any:
     image = nib.Nifti1Image(np.asarray(values, dtype=np.float32), None)
     image.header.set_xyzt_units("mm")
     image.header.set_intent(_ESTIMATE, (), name=unit[:15])
-    image.header["descrip"] = b"Evidence map, research use, not for diagnosis"
+    what = "Evidence map" if signed else "Map without a sign"
+    image.header["descrip"] = f"{what}, research use, not for diagnosis".encode()
     image.set_sform(grid.affine, _SCANNER)
     if grid.is_orthogonal:
         image.set_qform(grid.affine, _SCANNER)

@@ -13,12 +13,22 @@ from med_gradcam.bundle import Bundle
 from med_gradcam.formats import _canvas, _panel, _words
 from med_gradcam.formats._overview import header_lines, overview, title_row
 from med_gradcam.formats._scene import Scene, scene
+from med_gradcam.maps import Side
 from med_gradcam.projection import VIEWS, Plane, Projection, View, project, project_scan
 
 TITLE = "PNG pictures: MIP of the evidence for and against in three views, and an overview"
+_TITLES: dict[Side, str] = {
+    "for": "Evidence for",
+    "against": "Evidence against",
+    "strength": "Map without a sign, target",
+}
+_WHAT: dict[Side, str] = {
+    "for": f"What {_words.MEANS['for']}",
+    "against": f"What {_words.MEANS['against']}",
+    "strength": "Where the map is strong",
+}
 
 Backdrop = tuple[_panel.Array, paint.Window] | None
-SIDES: tuple[paint.Side, ...] = ("for", "against")
 _WHOLE, _ZOOM, _GAP, _LEAST = 620, 480, 16, 300
 _SEEN_FROM: dict[View, str] = {
     "axial": "axial (seen from the feet)",
@@ -35,6 +45,8 @@ _BACKDROP_PERCENTILES, _BACKDROP_WHITE = (2.0, 99.7), 0.75
 def save(bundle: Bundle, folder: Path) -> list[Path]:
     """Write overview.png and mip_{axial,coronal,sagittal}_{for,against}.png; returns the files.
 
+    A map without a sign has mip_{axial,coronal,sagittal}_strength.png instead.
+
     Raises:
         UsageError: the scan lies on another grid than the maps.
     """
@@ -42,16 +54,16 @@ def save(bundle: Bundle, folder: Path) -> list[Path]:
     written = [_store(overview(ready), folder / "overview.png")]
     for view in VIEWS:
         backdrops = _backdrops(ready, ready.planes[view])
-        for side in SIDES:
-            page = mip(ready, project(ready.heatmap(side), view), side, backdrops)
+        for side, heatmap in ready.sides.items():
+            page = mip(ready, project(heatmap, view), side, backdrops)
             written.append(_store(page, folder / f"mip_{view}_{side}.png"))
     return written
 
 
 def mip(
-    ready: Scene, projection: Projection, side: paint.Side, backdrops: tuple[Backdrop, Backdrop]
+    ready: Scene, projection: Projection, side: Side, backdrops: tuple[Backdrop, Backdrop]
 ) -> Image.Image:
-    """One polarity's maximum projection over the scan's mean, with a zoomed part for a patch.
+    """One side's maximum projection over the scan's mean, with a zoomed part for a patch.
 
     `backdrops`: the scan's mean along whole rays, and within the cells' box.
     """
@@ -68,21 +80,21 @@ def mip(
     foot = body + panels[0].height + 16
     height = foot + _canvas.paragraph_height(len(notes), _canvas.SMALL) + _canvas.MARGIN - 8
     image = _canvas.sheet(sheet_width, height)
-    title_row(image, f"Evidence {side}: {_words.clean(ready.explanation.target.label, 32)}")
+    title_row(image, f"{_TITLES[side]}: {_words.clean(ready.explanation.target.label, 32)}")
     _canvas.write_lines(image, (_canvas.MARGIN, top), lines, _canvas.NORMAL)
     x = _canvas.MARGIN
     for panel in panels:
         image.paste(panel, (x, body))
         x += panel.width + _GAP
     bar = min(300, panels[0].height - 90)
-    heatmap = ready.heatmap(side)
+    heatmap = ready.sides[side]
     _canvas.colour_bar(image, (legend, body), bar, side, heatmap.scale, heatmap.unit)
     _canvas.write_lines(image, (_canvas.MARGIN, foot), _canvas.quiet(notes), _canvas.SMALL)
     return image
 
 
 def _panels(
-    ready: Scene, projection: Projection, side: paint.Side, backdrops: tuple[Backdrop, Backdrop]
+    ready: Scene, projection: Projection, side: Side, backdrops: tuple[Backdrop, Backdrop]
 ) -> list[Image.Image]:
     plane = projection.plane
     seen = _panel.seen_box(plane, ready.box)
@@ -92,29 +104,26 @@ def _panels(
     zoomed = _panel.zoom_field(plane, seen, (height, min(_ZOOM, height))) if ready.patch else None
     if zoomed is not None:
         fields.append(zoomed)
-    raises, lowers = (projection.values, None) if side == "for" else (None, projection.values)
     panels = []
     for field, backdrop, caption in zip(fields, backdrops, ("whole scan", "zoomed"), strict=False):
         scan, window = backdrop or (None, None)
-        layers = _panel.Layers(scan, window, raises, lowers, projection.scale)
+        layers = _panel.Layers(scan, window, {side: projection.values}, projection.scale)
         panel = _panel.picture(field, layers)
         if ready.patch:
             _panel.outline(panel, field, seen)
         _panel.finish(panel, field, caption if len(fields) > 1 else "")
         panels.append(panel)
     if ready.peak(side) is None:
-        which = "evidence" if not ready.peaks else f"evidence {side}"
-        _panel.message(panels[0], _words.nothing(projection.scale, which))
+        _panel.message(panels[0], ready.nothing(side))
     return panels
 
 
-def _what(ready: Scene, projection: Projection, side: paint.Side) -> str:
-    words = _words.RAISES if side == "for" else _words.LOWERS
-    text = f"What {words}: maximum along the rays, {_SEEN_FROM[projection.view]}."
+def _what(ready: Scene, projection: Projection, side: Side) -> str:
+    text = f"{_WHAT[side]}: maximum along the rays, {_SEEN_FROM[projection.view]}."
     peak = ready.peak(side)
     if peak is None:
         return text
-    density = _words.tied(f"{_words.number(peak.density)} {ready.maps.raises.unit}")
+    density = _words.tied(f"{_words.number(peak.density)} {ready.maps.signed.unit}")
     return f"{text} Strongest at {peak.words}, {density}."
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from med_gradcam.maps import axis_weights
+from med_gradcam.methods._masks import laid
 
 Three = tuple[float, float, float]
 
@@ -47,5 +48,6 @@ def spread(values: torch.Tensor, start: Three, jump: Three, shape: Sequence[int]
 def _applied(
     values: torch.Tensor, tables: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]
 ) -> torch.Tensor:
-    a, b, c = (torch.from_numpy(table).to(values.device) for table in tables)
-    return torch.einsum("xi,yj,zk,ijk->xyz", a, b, c, values)
+    """One axis after the other: no array is larger than the largest of the two grids."""
+    a, b, c = (torch.from_numpy(table) for table in tables)
+    return laid(values, (a, b, c))

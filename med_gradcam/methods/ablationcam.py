@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 from med_gradcam.rerun import behind
 
@@ -23,6 +24,7 @@ CANNOT_SHOW = (
     "stand in for each other lose nothing one by one; the sum is no promise"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

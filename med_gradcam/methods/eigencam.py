@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 TITLE = "Eigen-CAM: the activations along their first principal direction; knows no class, no sign"
@@ -16,6 +17,7 @@ CANNOT_SHOW = (
     "random head gives the same map; evidence against; amounts"
 )
 SIGNED = False
+UNIT: Measure = "relative units"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 from med_gradcam.methods.eigencam import first_component
 
@@ -18,6 +19,7 @@ CANNOT_SHOW = (
     "nothing; what lies off the first direction; amounts"
 )
 SIGNED = False
+UNIT: Measure = "relative units"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

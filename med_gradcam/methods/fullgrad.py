@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import CannotExplainError
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 from med_gradcam.methods._biases import Biases
 from med_gradcam.methods._voxels import spread
@@ -23,14 +24,16 @@ SOURCE = (
     "their absolute values and rescaling left out"
 )
 CANNOT_SHOW = (
-    "what has no place: biases behind pooling or flatten are left out (their share is `bypassed`); "
-    "saturated evidence; and an input of 0 counts as nothing, also where 0 is tissue"
+    "what has no place: biases behind pooling or flatten, of tokens and of the log-odds are left "
+    "out (their share is `bypassed`); saturated evidence; and an input of 0 counts as nothing"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "input"
 BESIDE = False
 USES_REFERENCE = False
 PROMISES_SUM = True
+REST = "has no place in the scan (biases behind pooling or flatten, of tokens, of the log-odds)"
 
 
 def evidence(capture: Capture, bound: Bound) -> Evidence:
@@ -39,7 +42,6 @@ def evidence(capture: Capture, bound: Bound) -> Evidence:
     Raises:
         CannotExplainError: an operation cannot be followed, so that the parts do not add up.
     """
-    capture.passes += 4.0  # a forward, its slope along the scan (twice the work), a backward
     net, biases = capture.tail.net, Biases()
     # Fused attention has no forward-mode derivative; its plain form has.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -49,6 +51,7 @@ def evidence(capture: Capture, bound: Bound) -> Evidence:
         with biases:
             score = capture.target(net(leaf.clone())).sum()  # it may work in place on its input
         (gradient,) = torch.autograd.grad(score, leaf)
+    capture.passes += 2.0 + biases.more
     values = (gradient.double() * capture.input.double())[0].sum(0)
     for ((start, jump), _), amounts in biases.placed.items():
         values = values + spread(amounts, start, jump, values.shape)

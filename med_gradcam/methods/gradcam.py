@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 TITLE = "Grad-CAM, signed: sum_k mean_u(dz/dA_k) A_k(u)"
@@ -14,6 +15,7 @@ CANNOT_SHOW = (
     "non-linear tail; the sum equals the score (less the bias) for global pooling + linear only"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 TITLE = "Grad-CAM++: ReLU(sum_k w_k A_k(u)), w_k = sum_v ReLU(g) / (2 + g sum A_k); no sign"
@@ -19,6 +20,7 @@ CANNOT_SHOW = (
     "practice it is little more than Grad-CAM of the positive gradients (arXiv:2205.10838)"
 )
 SIGNED = False
+UNIT: Measure = "relative units"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import CannotExplainError
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 TITLE = "guided backprop: sum over channels of |guided dz/dx(v)|; nearly independent of the weights"
@@ -19,6 +20,7 @@ CANNOT_SHOW = (
     "the class (arXiv:1810.03292, 1805.07039, 1912.09818); evidence for or against"
 )
 SIGNED = False
+UNIT: Measure = "relative units"
 LEVEL: Literal["layer", "input"] = "input"
 BESIDE = False
 USES_REFERENCE = False

@@ -6,7 +6,7 @@ from typing import Literal
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import UsageError
-from med_gradcam.explanation import Cells
+from med_gradcam.explanation import Cells, Measure
 from med_gradcam.graph import trace
 from med_gradcam.layers import check_places
 from med_gradcam.methods import Bound, Evidence, gradcam
@@ -21,6 +21,7 @@ CANNOT_SHOW = (
     "whatever the weights (arXiv:1810.03292, 1805.07039, 1912.09818); evidence against; amounts"
 )
 SIGNED = False
+UNIT: Measure = "relative units"
 LEVEL: Literal["layer", "input"] = "input"
 BESIDE = True
 USES_REFERENCE = False

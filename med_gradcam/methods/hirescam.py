@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 TITLE = "HiResCAM, signed: sum_k dz/dA_k(u) A_k(u)"
@@ -14,6 +15,7 @@ CANNOT_SHOW = (
     "the bias) only when one linear layer, or a bias-free ReLU network, follows"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

@@ -17,6 +17,7 @@ import torch
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import UsageError
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 from med_gradcam.tail import INPUT
 
@@ -27,6 +28,7 @@ SOURCE = (
 )
 CANNOT_SHOW = "evidence that flows past the layer; and a map says nothing without its reference"
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = True

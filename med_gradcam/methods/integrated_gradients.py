@@ -6,6 +6,7 @@ from typing import Literal
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import UsageError
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence, integrated
 
 TITLE = "integrated gradients of the input against the reference input, signed; adds up"
@@ -18,6 +19,7 @@ CANNOT_SHOW = (
     "voxel by voxel; and a map says nothing without its reference"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "input"
 BESIDE = False
 USES_REFERENCE = True

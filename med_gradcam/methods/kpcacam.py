@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 LANDMARKS = 1024  # cells that the component is fitted on; its matrix is LANDMARKS^2
@@ -23,6 +24,7 @@ CANNOT_SHOW = (
     "amounts; and the kernel saturates, so scaling the channels changes the map"
 )
 SIGNED = False
+UNIT: Measure = "relative units"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

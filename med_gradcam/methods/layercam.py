@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 TITLE = "LayerCAM: ReLU(sum_k ReLU(dz/dA_k(u)) A_k(u)); no sign"
@@ -14,6 +15,7 @@ CANNOT_SHOW = (
     "layers give noise"
 )
 SIGNED = False
+UNIT: Measure = "relative units"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

@@ -18,6 +18,7 @@ import torch
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import UsageError
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 from med_gradcam.rerun import input_scores
 
@@ -28,6 +29,7 @@ CANNOT_SHOW = (
     "anything finer than a 16th of the scan; the edges of a patch are news to the network"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "input"
 BESIDE = False
 USES_REFERENCE = True

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 from med_gradcam.rerun import behind
 
@@ -24,6 +25,7 @@ CANNOT_SHOW = (
     "never saw, and a normalisation behind the layer blows it up; the sum is no promise"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

@@ -25,6 +25,7 @@ import torch
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import UsageError
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence, _masks
 from med_gradcam.rerun import input_scores
 
@@ -35,6 +36,7 @@ CANNOT_SHOW = (
     "evidence that needs the whole shows too little; the sum is no promise"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "input"
 BESIDE = False
 USES_REFERENCE = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 TITLE = "saliency: sum over channels of |dz/dx(v)|; no sign"
@@ -14,6 +15,7 @@ CANNOT_SHOW = (
     "against; saturated evidence; it is noisy voxel by voxel"
 )
 SIGNED = False
+UNIT: Measure = "score per input unit"
 LEVEL: Literal["layer", "input"] = "input"
 BESIDE = False
 USES_REFERENCE = False

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence, _masks
 from med_gradcam.rerun import input_scores
 
@@ -23,6 +24,7 @@ CANNOT_SHOW = (
     "comes out for another class or a re-drawn classifier"
 )
 SIGNED = False
+UNIT: Measure = "relative units"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = True

@@ -11,6 +11,7 @@ from typing import Literal
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import UsageError
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 TITLE = "secant back-propagation against a reference input; adds up exactly (default)"
@@ -23,6 +24,7 @@ CANNOT_SHOW = (
     "compute the same by other operations may get other maps"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = True

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 WINDOW = 2  # cells along each axis; 1 is HiResCAM, the whole map is Grad-CAM
@@ -22,6 +23,7 @@ CANNOT_SHOW = (
     "only"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from med_gradcam.capture import Capture
 from med_gradcam.errors import CannotExplainError
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 TITLE = "ShapleyCAM, signed: sum_k mean_v(g - H A / 2)_k A_k(u), H the second derivatives"
@@ -21,6 +22,7 @@ CANNOT_SHOW = (
     "a long one for a second-order formula, and between ReLUs it is Grad-CAM (H is zero there)"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

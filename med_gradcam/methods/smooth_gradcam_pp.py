@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 from med_gradcam.methods._noise import noisy
 from med_gradcam.methods.gradcam_pp import weighted
@@ -23,6 +24,7 @@ CANNOT_SHOW = (
     "describes scans with noise that no scanner made"
 )
 SIGNED = False
+UNIT: Measure = "relative units"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

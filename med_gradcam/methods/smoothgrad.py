@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 from med_gradcam.methods._noise import noisy
 
@@ -22,6 +23,7 @@ CANNOT_SHOW = (
     "against; and it describes scans with noise that no scanner made"
 )
 SIGNED = False
+UNIT: Measure = "score per input unit"
 LEVEL: Literal["layer", "input"] = "input"
 BESIDE = False
 USES_REFERENCE = False

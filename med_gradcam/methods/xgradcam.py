@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.methods import Bound, Evidence
 
 # Below this share of sum |A| a channel's sum is no divisor: what cancels in it would come back as
@@ -23,6 +24,7 @@ CANNOT_SHOW = (
     "sum is HiResCAM's, so it equals the score (less the bias) for the same special networks only"
 )
 SIGNED = True
+UNIT: Measure = "score"
 LEVEL: Literal["layer", "input"] = "layer"
 BESIDE = False
 USES_REFERENCE = False

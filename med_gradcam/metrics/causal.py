@@ -23,7 +23,10 @@ from med_gradcam.reference import ReferenceInput
 RADIUS_MM = 8.0
 WIDER = 1.5  # the two top balls also at this many radii: a ball that cuts a finding says little
 TEXTURES = 2  # each ball is filled twice, with different noise: 6 balls, 12 forwards
-TIE = 0.05  # slopes this close to each other are a tie
+TIE = 0.05  # slopes, or r, this close to each other are a tie
+UNLIKE = 0.3  # below this r a map without a unit does not go with the effects
+
+_UNSIGNED = {"top raising": "strongest", "top lowering": "weakest"}
 
 Scores = Callable[[npt.NDArray[np.float32]], float]
 Values = npt.NDArray[np.float64]
@@ -157,17 +160,31 @@ def slope_and_r(says: Sequence[float], true: Sequence[float]) -> tuple[float | N
     return slope, None if flat else float(np.corrcoef(e, d)[0, 1])
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a method's numbers are: `amounts` of the score, or in a unit of their own; `signed`."""
+
+    amounts: bool = True
+    signed: bool = True
+
+    def said(self, ball: Ball) -> str:
+        """Why a ball was chosen; a map without a sign raises and lowers nothing."""
+        return ball.chosen if self.signed else _UNSIGNED.get(ball.chosen, ball.chosen)
+
+
 def choose(
     maps: Sequence[CandidateMap],
     prepared: Prepared,
     reference: ReferenceInput,
     scores: tuple[Scores, float, float],
     seed: int,
+    kind: Kind = Kind(),
 ) -> Choice:
     """The candidate whose map agrees best with the model.
 
     `maps` come coarsest first; `scores` holds the scoring function, the scan's score and the
-    smallest effect that counts: below it the slope says nothing.
+    smallest effect that counts: below it the slope says nothing. Maps that are no amounts of the
+    score have no slope; of them the one that goes best with the effects wins, by r.
     """
     score, here, least = scores
     radius = radius_for(prepared.grid, maps[-1].grid)
@@ -175,16 +192,22 @@ def choose(
     true = [here - z for z in effects(prepared, reference, picked, score, seed)]
     masks = [ball(prepared.grid, one.centre, one.radius_mm) for one in picked]
     says = {m.layer: [ledger(m, prepared.grid, mask) for mask in masks] for m in maps}
-    fitted = {layer: slope_and_r(values, true) for layer, values in says.items()}
+    fitted = {layer: _fit(values, true, kind) for layer, values in says.items()}
     trials = tuple(LayerTrial(layer, slope, r) for layer, (slope, r) in fitted.items())
-    winner, note = _winner(fitted, true, least)
+    winner, note = (_winner if kind.amounts else _likest)(fitted, true, least)
     regions = tuple(
-        Region(_point(prepared.grid, one.centre), one.radius_mm, one.chosen, net, effect)
+        Region(_point(prepared.grid, one.centre), one.radius_mm, kind.said(one), net, effect)
         for one, net, effect in zip(picked, says[winner], true, strict=True)
     )
-    return Choice(
-        winner, trials, regions, "; ".join(n for n in (note, _signs(regions, least)) if n)
-    )
+    signs = _signs(regions, least) if kind.amounts else ""
+    return Choice(winner, trials, regions, "; ".join(n for n in (note, signs) if n))
+
+
+def _fit(
+    says: Sequence[float], true: Sequence[float], kind: Kind
+) -> tuple[float | None, float | None]:
+    slope, r = slope_and_r(says, true if kind.signed else np.abs(true).tolist())
+    return (slope if kind.amounts else None), r
 
 
 def _signs(regions: Sequence[Region], least: float) -> str:
@@ -205,6 +228,33 @@ def _point(grid: Geometry, centre: tuple[int, int, int]) -> tuple[float, float, 
     return x, y, z
 
 
+def _likest(
+    fitted: Mapping[str, tuple[float | None, float | None]],
+    true: Sequence[float],
+    least: float,
+) -> tuple[str, str]:
+    """The layer whose map goes best with the effects; its unit is not theirs."""
+    likeness = {name: r for name, (_, r) in fitted.items() if r is not None}
+    if not likeness or max(abs(t) for t in true) <= least:
+        return _unmoved(list(fitted))
+    best = max(likeness.values())
+    winner = next(name for name in fitted if likeness.get(name, -np.inf) >= best - TIE)
+    note = ""
+    if best < UNLIKE:
+        note = (
+            f"no layer's map goes with what removing regions does (r = {best:.2f} at best): do not "
+            f"trust this map"
+        )
+    return winner, note
+
+
+def _unmoved(layers: Sequence[str]) -> tuple[str, str]:
+    return layers[max(0, len(layers) - 2)], (
+        "no tested region moves the score, so the layer could not be chosen by what removing "
+        "regions does; the second finest candidate was taken"
+    )
+
+
 def _winner(
     fitted: Mapping[str, tuple[float | None, float | None]],
     true: Sequence[float],
@@ -213,11 +263,7 @@ def _winner(
     layers = list(fitted)
     off = {n: abs(slope - 1) for n, (slope, _) in fitted.items() if slope is not None}
     if not off or max(abs(t) for t in true) <= least:
-        fallback = layers[max(0, len(layers) - 2)]
-        return fallback, (
-            "no tested region moves the score, so the layer could not be chosen by its causal "
-            "slope; the second finest candidate was taken"
-        )
+        return _unmoved(layers)
     best = min(off.values())
     winner = next(n for n in layers if off.get(n, np.inf) <= best + TIE)  # the coarsest of a tie
     slope = fitted[winner][0] or 0.0

@@ -249,6 +249,7 @@ def test_a_factory_that_raises(
             "expected a known output format, got 'nifty'; near ones of 3: ni",
         ),
         (["--formats", "nifti,dicom"], 2, "DICOM"),
+        (["--formats", "nifty"], 2, "expected a known output format, got 'nifty'; near"),
         (
             ["--reference", "air"],
             2,

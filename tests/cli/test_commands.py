@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
-from med_gradcam import __version__, _plugins
+import med_gradcam as mg
+from med_gradcam import __version__, _plugins, commands
+from med_gradcam.explanation import Explanation, Measure, Reference, Region
+from med_gradcam.geometry import Geometry
 from tests.cli.conftest import Run
-from tests.tiny import affine_of, chest, save_model, save_nifti, spec
+from tests.tiny import affine_of, chest, explained, opened, save_model, save_nifti, spec
 
 
 def test_explain_writes_the_folder_and_says_the_numbers(
@@ -75,6 +79,125 @@ def test_the_settings_of_explain(run: Run, scan: Path, net: Path, tmp_path: Path
     assert other.code in (0, 4)  # a scan against itself: no difference to explain
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("secant", "evidence in log-odds, relative to uniform"),
+        ("gradcam", "evidence in log-odds; this method"),
+        ("eigencam", " in relative units"),
+        ("saliency", " in log-odds per input unit"),
+    ],
+)
+def test_the_unit_is_said(
+    run: Run, scan: Path, net: Path, tmp_path: Path, method: str, said: str
+) -> None:
+    words = ["--method", method, "--formats", "", "--quick"]
+    done = run("explain", scan, "--model", net, "-o", tmp_path / "out", *words)
+    assert done.code == 0, done.err
+    assert said in done.out
+    assert (" log-odds per mL" in done.out) == (method in ("secant", "gradcam"))
+
+
+@pytest.mark.parametrize("method", ["eigencam", "saliency"])
+def test_a_method_without_a_sign_speaks_of_no_side(
+    run: Run, scan: Path, net: Path, tmp_path: Path, method: str
+) -> None:
+    done = run("explain", scan, "--model", net, "-o", tmp_path / "out", "--method", method)
+    assert done.code == 0, done.err
+    assert "with no sign: it shows where it is strong, not what raises or lowers" in done.out
+    assert "the map is strongest at " in done.out
+    assert not [p.name for p in (tmp_path / "out").iterdir() if "against" in p.name]
+
+
+def made(**changes: Any) -> Explanation:
+    grid = Geometry((4, 4, 4), affine_of("RAS", (4, 4, 4)))
+    evidence = np.zeros((4, 4, 4))
+    evidence[1, 1, 1], evidence[2, 2, 3] = 2.0, -1.0 if changes.get("signed", True) else 1.0
+    regions = (Region((4.0, 4.0, 4.0), 8.0, "top raising", 1.24, -0.15),)
+    return explained(evidence, grid, grid, regions=regions, **changes)
+
+
+def test_the_words_of_a_map_without_a_sign() -> None:
+    e = made(signed=False, measure="relative units", status="no_sum", reference_score=None)
+    row = commands.table([("nodule", e)]).splitlines()[2].split()
+    assert row == ["nodule", "+1.500", "-", "-", "-", "-", "0.8176", "features.3"]
+    for said in (commands.notes(e), commands.layer_notes([e], ["1_x"])):
+        words = "\n".join(said).replace("not what raises or lowers the score", "")
+        assert "in relative units, relative to uniform lung" in words
+        assert "no sign: it shows where it is strong" in words
+        assert "the map is strongest at R 4 A 4 S 4 mm" in words
+        for wrong in ("evidence", "raises", "lowers"):
+            assert wrong not in words
+
+
+def test_two_units_are_never_compared() -> None:
+    (line,) = [w for w in commands.notes(made()) if "removing" in w]
+    assert line == (
+        "around R 4 A 4 S 4 mm (8 mm ball) the map says +1.24 log-odds; removing it changes the "
+        "score by +0.15 log-odds"
+    )
+    relative = commands.notes(made(measure="relative units", status="no_sum"))
+    (line,) = [w for w in relative if "removing" in w]
+    assert line == (
+        "removing what lies around R 4 A 4 S 4 mm (8 mm ball) changes the score by +0.15 log-odds"
+    )
+    assert any(w.startswith("raises the model's score most at") for w in relative)
+    assert sum("log-odds" in w for w in relative) == 1
+
+
+def test_without_a_reference_the_map_adds_up_to_the_score() -> None:
+    reference = Reference("none", None, "no reference")
+    words = commands.notes(made(reference_score=None, reference=reference))[0]
+    assert words.startswith("evidence in log-odds; the map adds up to the score; cost")
+
+
+def test_all_layers_are_one_folder_each_on_one_scale(
+    run: Run, scan: Path, net: Path, tmp_path: Path
+) -> None:
+    words = ["explain", scan, "--model", net, "--layer", "all"]
+    done = run(*words, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    folders = ["1_4", "2_1"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*folders, "layers.json"]
+    records = json.loads((tmp_path / "out" / "layers.json").read_text(encoding="utf-8"))
+    assert [(r["folder"], r["layer"]) for r in records] == [("1_4", "4"), ("2_1", "1")]
+    assert records[0]["colour_scale"] == records[1]["colour_scale"]
+    assert (records[0]["colour_scale"]["layer"], records[0]["colour_scale"]["volumes"]) == (
+        "all",
+        0,
+    )
+    peaks = []
+    for record in records:
+        folder = tmp_path / "out" / record.pop("folder")
+        assert json.loads((folder / "explanation.json").read_text(encoding="utf-8")) == record
+        made = mg.read_explanation(folder)
+        assert (made.layer, made.calibration) == (record["layer"], None)
+        peaks.append(mg.draw(made).signed.peak)
+        header = opened(folder / "for.nii.gz").header
+        assert float(header["cal_max"]) == pytest.approx(record["colour_scale"]["peak_per_ml"])
+        single = run(
+            *words[:-1], record["layer"], "-o", tmp_path / folder.name, "--formats", "", "--json"
+        ).json
+        assert single["sum_for"] == pytest.approx(record["sum_for"], rel=1e-6)
+    assert max(peaks) == records[0]["colour_scale"]["peak_per_ml"] > 1.01 * min(peaks)
+    rows = [line.split() for line in done.out.splitlines()[2:4]]
+    assert [row[-1] for row in rows] == ["4", "1"]
+    assert [float(row[3]) for row in rows] == [
+        pytest.approx(r["sum_for"], abs=6e-4) for r in records
+    ]
+    assert all(
+        any(line.startswith(f"{name}: ") for line in done.out.splitlines()) for name in folders
+    )
+    assert "; no layer was tested" in done.out
+    again = run(*words, "-o", tmp_path / "out", "--overwrite", "--json", "--formats", "")
+    assert [r["layer"] for r in again.json] == ["4", "1"]
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == [
+        *folders,
+        *["explanation.json"] * 2,
+        "layers.json",
+    ]
+
+
 def test_the_same_call_gives_the_same_maps(run: Run, scan: Path, net: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert run("explain", scan, "--model", net, "-o", tmp_path / name).code == 0
@@ -116,6 +239,13 @@ def test_several_channels(run: Run, tmp_path: Path) -> None:
     two = save_nifti(tmp_path / "b.nii.gz", chest() + 50)
     done = run("explain", one, two, "--model", net, "-o", tmp_path / "out")
     assert done.code == 0, done.err
+    tried = run("inspect", net, one, two, "--json")
+    assert tried.code == 0, tried.err
+    assert tried.json["tried_on"]["shape"] == [2, 12, 12, 12]
+    assert tried.json["spacing_known"]
+    refused = run("inspect", net, one)
+    assert (refused.code, refused.out) == (3, "")
+    assert "channel" in refused.err
 
 
 def test_overwrite(run: Run, scan: Path, net: Path, tmp_path: Path) -> None:
@@ -138,6 +268,7 @@ def test_lists(run: Run, command: str) -> None:
     assert all(row["title"] for row in listed)
     if command == "methods":
         assert all(row["source"] and row["cannot_show"] for row in listed)
+        assert {row["unit"] for row in listed} == set(get_args(Measure))
 
 
 def test_inspect_a_model(run: Run, net: Path, scan: Path) -> None:

@@ -205,3 +205,43 @@ def test_displaced_cells_would_be_seen() -> None:
         maps, world.prepared, world.reference, (world.score, here, 0.02 * here), 0
     )
     assert choice.layer == "right"
+
+
+# ------------------------------------------------------------------ maps that are no amounts
+
+
+def _of(world: World, maps: Sequence[Values], *, signed: bool) -> Choice:
+    here = float(world.evidence.sum())
+    candidates = [CandidateMap(f"layer{n}", values, GRID) for n, values in enumerate(maps)]
+    scores = (world.score, here, 0.02 * abs(here))
+    kind = causal.Kind(amounts=False, signed=signed)
+    return causal.choose(candidates, world.prepared, world.reference, scores, 0, kind)
+
+
+def test_maps_in_a_unit_of_their_own_are_chosen_by_likeness_not_by_size() -> None:
+    world = World()
+    noise = np.random.default_rng(1).standard_normal(GRID.shape)
+    choice = _of(world, [100 * noise, 1e4 * world.evidence, world.evidence + noise], signed=True)
+    assert choice.layer == "layer1"
+    assert [t.slope for t in choice.trials] == [None] * 3
+    assert choice.trials[1].r == pytest.approx(1.0, abs=1e-6)
+    assert choice.note == ""
+    assert choice.regions[0].chosen == "top raising"
+
+
+def test_a_map_without_a_sign_is_held_against_the_size_of_the_effects() -> None:
+    world = World()
+    strength = np.abs(world.evidence)
+    noise = np.abs(np.random.default_rng(1).standard_normal(GRID.shape))
+    choice = _of(world, [noise, strength], signed=False)
+    assert choice.layer == "layer1"
+    assert choice.trials[1].r is not None
+    assert choice.trials[1].r > 0.9  # with the effects' signs it would be near 0
+    assert {r.chosen for r in choice.regions} == {"strongest", "weakest", "random"}
+
+
+def test_likeness_that_no_map_has_is_said() -> None:
+    world = World()
+    choice = _of(world, [-1.0 * world.evidence], signed=True)
+    assert "do not trust this map" in choice.note
+    assert "slope" not in choice.note

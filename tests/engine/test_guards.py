@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,7 @@ from med_gradcam.model import InputSpec, Model
 from tests.engine import nets
 
 METHODS = ("integrated", "gradcam", "hirescam")
+BY_MEANS = ("gradcam", "xgradcam", "shapleycam")  # channels weighted by the mean of their gradient
 
 
 class Trapped(nn.Module):
@@ -50,9 +52,16 @@ def _reason(net: nn.Module, method: str = "integrated", layer: str = "layer") ->
 # ---------------------------------------------------------------------------------- the norm trap
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_MEANS)
 @pytest.mark.parametrize(
-    "norm", [nn.InstanceNorm3d(6), nn.InstanceNorm3d(6, affine=True), nn.GroupNorm(3, 6)]
+    "norm",
+    [
+        nn.InstanceNorm3d(6),
+        nn.InstanceNorm3d(6, affine=True),
+        nn.GroupNorm(6, 6),
+        nn.LayerNorm([8, 8, 8]),
+        nn.BatchNorm3d(6, track_running_stats=False),
+    ],
 )
 def test_a_layer_straight_before_a_norm_is_refused_by_name(method: str, norm: nn.Module) -> None:
     reason, message = _reason(nets.made(lambda: Trapped(norm)), method)
@@ -61,7 +70,42 @@ def test_a_layer_straight_before_a_norm_is_refused_by_name(method: str, norm: nn
     assert "--layer auto" in message
 
 
-@pytest.mark.parametrize("method", METHODS)
+NO_TRAP: list[Callable[[], nn.Module]] = [
+    lambda: nn.InstanceNorm3d(6, affine=True, track_running_stats=True),
+    lambda: nn.GroupNorm(2, 6),
+    lambda: nn.GroupNorm(1, 6),
+    lambda: nn.RMSNorm([8, 8, 8]),
+    lambda: ChannelNorm(6),
+]
+
+
+class ChannelNorm(nn.Module):
+    """A LayerNorm over the channels of each place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        return out
+
+
+@pytest.mark.parametrize("method", ["secant", *METHODS, *BY_MEANS[1:]])
+@pytest.mark.parametrize("norm", range(len(NO_TRAP)))
+def test_a_norm_that_leaves_each_channel_s_mean_is_no_trap(method: str, norm: int) -> None:
+    """Stored statistics, groups of several channels, root mean squares, norms over channels."""
+    net = nets.made(lambda: Trapped(NO_TRAP[norm]()))
+    info = trace(net, (1, 16, 16, 16)).find("layer")
+    assert info is not None
+    assert not info.feeds_norm
+    gradient = nets.captured(net, "layer", nets.batch(nets.scan())).gradient().double()
+    weights = gradient.mean(dim=(1, 2, 3)).abs().max()
+    assert float(weights) > 1e-4 * float(gradient.abs().mean(dim=(1, 2, 3)).max())
+    assert _explain(net, method).layer == "layer"
+
+
+@pytest.mark.parametrize("method", BY_MEANS)
 def test_a_trap_that_only_the_numbers_show_is_refused(method: str) -> None:
     """A norm written by hand: no operation of that name, but the weights are rounding noise."""
 
@@ -74,7 +118,38 @@ def test_a_trap_that_only_the_numbers_show_is_refused(method: str) -> None:
     info = trace(net, (1, 16, 16, 16)).find("layer")
     assert info is not None
     assert not info.feeds_norm
-    assert _reason(net, method)[0] == "norm trap"
+    reason, message = _reason(net, method)
+    assert reason == "norm trap"
+    assert "what follows the layer 'layer' removes each channel's mean" in message
+
+
+@pytest.mark.parametrize("feeds", [False, True])
+def test_the_numbers_decide_and_agree_with_the_sentence(feeds: bool) -> None:
+    """No layer is called a trap whose largest weight is no rounding noise beside the gradient."""
+    plain = nets.captured(nets.made(nets.gated), "first", nets.batch(nets.scan()))
+    check_norm_trap(plain, feeds_norm=feeds)
+    trapped = nets.captured(nets.made(Trapped), "layer", nets.batch(nets.scan()))
+    with pytest.raises(CannotExplainError, match="every Grad-CAM weight is zero") as caught:
+        check_norm_trap(trapped, feeds_norm=feeds)
+    said = re.search(r"largest weight (\S+), mean size of the gradient (\S+)\)", str(caught.value))
+    assert said is not None
+    assert float(said[1]) < 1e-5 * float(said[2])
+
+
+@pytest.mark.parametrize("method", ["secant", "integrated", "hirescam"])
+def test_a_norm_behind_the_layer_is_no_trap_for_methods_without_channel_means(method: str) -> None:
+    made = _explain(nets.made(Trapped), method)
+    balanced = "balanced_by_construction" in made.notices
+    assert balanced == (method == "hirescam")
+    if method != "hirescam":
+        assert made.status == "complete"
+
+
+def test_guided_gradcam_is_refused_where_its_gradcam_is_noise() -> None:
+    net = nets.made(Trapped)
+    net.register_module("act", nn.ReLU())  # it knows no other rectifier
+    assert _reason(net, "guided_gradcam")[0] == "norm trap"
+    assert _explain(net, "guided_gradcam", "act").evidence.any()
 
 
 def test_behind_instance_norm_both_classic_maps_are_rounding_noise() -> None:
@@ -126,7 +201,7 @@ class TrappedLast(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_MEANS[:2])
 def test_auto_passes_a_trap_over_and_names_it(method: str) -> None:
     made = _explain(nets.made(TrappedLast), method, "auto")
     assert made.layer == "fine"
@@ -138,7 +213,7 @@ def test_auto_refuses_when_no_candidate_passes() -> None:
     net = nets.made(TrappedLast)
     model = Model(net, InputSpec(), aliases={"deep": "coarse"}, weights_sha256="0")
     with pytest.raises(CannotExplainError, match=r"norm"):
-        mg.explain(nets.volume(), model, target=0, reference=nets.volume(seed=5))
+        mg.explain(nets.volume(), model, target=0, method="gradcam")
 
 
 def test_guards_are_what_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +351,29 @@ def test_layers_that_cannot_be_explained(method: str, layer: str, reason: str, w
 
 def test_auto_takes_none_of_them() -> None:
     assert _explain(nets.made(Odd), layer="auto").layer == "a"
+
+
+def test_of_a_shared_encoder_the_true_reason_is_said() -> None:
+    """Both halves of the scan go through one encoder: each layer runs twice."""
+
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nets.conv(1, 6, 2), nn.ReLU())
+            self.head = nets.Pooled()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left, right = (self.encoder(half) for half in x.chunk(2, dim=2))
+            out: torch.Tensor = self.head(left - right)
+            return out
+
+    net = nets.made(Siamese)
+    for method in ("secant", *METHODS):
+        reason, message = _reason(net, method, "auto")
+        assert reason == "shared layer"
+        assert "run several times (shared, such as 'encoder')" in message
+        assert "@input" in message
+    assert _explain(net, "secant", "@input").status == "complete"
 
 
 def test_an_unknown_layer_lists_the_near_ones() -> None:

@@ -13,6 +13,8 @@ from torch import nn
 import med_gradcam as mg
 from med_gradcam import extras
 from med_gradcam.errors import CannotExplainError, ModelError, UsageError
+from med_gradcam.placement import sees_scan
+from med_gradcam.tail import at_rest
 from tests.engine import nets
 
 METHODS = ("secant", "integrated", "hirescam", "gradcam")
@@ -140,17 +142,50 @@ def test_the_automatic_layer_is_in_the_scan_s_own_branch(method: str) -> None:
     assert other.layer.startswith("big")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_other_branch_s_layer_is_refused(method: str) -> None:
-    with pytest.raises(CannotExplainError) as caught:
-        mg.explain(
-            SCAN,
-            nets.made(Branches),
-            layer="big",
-            method=method,
-            inputs=(..., nets.scan(seed=3)[None]),
-        )
-    assert caught.value.reason in ("placement", "zero gradient", "zero evidence")
+class Unlinked(Branches):
+    """No gradient leads to either branch."""
+
+    def forward(self, one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return super().forward(one, two)
+
+
+@pytest.mark.parametrize("layer", ["big", "big.0"])
+@pytest.mark.parametrize("method", [*METHODS, "eigencam", "guided_gradcam"])
+def test_the_other_branch_s_layer_does_not_see_the_scan(method: str, layer: str) -> None:
+    net, inputs = nets.made(Branches), (..., nets.scan(seed=3)[None])
+    says = f"expected a layer that sees the scan, '{layer}' does not.* another input of the network"
+    with pytest.raises(CannotExplainError, match=says) as caught:
+        mg.explain(SCAN, net, layer=layer, method=method, inputs=inputs)
+    assert caught.value.reason == "other input"
+
+
+@pytest.mark.parametrize("kind", [Branches, Unlinked])
+def test_what_a_layer_sees_is_told_without_a_gradient_too(kind: type[nn.Module]) -> None:
+    net = nets.made(kind)
+    with at_rest(net), extras.joined(net, (..., nets.scan(seed=3)[None]), torch.device("cpu")):
+        assert sees_scan(net, "small", (1, 16, 16, 16))
+        assert not sees_scan(net, "big", (1, 16, 16, 16))
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_layer_that_sees_the_scan_somewhere_is_not_called_another_input(linked: bool) -> None:
+    class Turned(nn.Module):
+        """Each cell of the layer sees all of the scan, by a gradient or without one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.layer, self.head = nn.Linear(512, 216), nets.conv(1, 6), nets.Pooled(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = x.flatten(1) if linked else x.detach().flatten(1)
+            seen = torch.relu(self.mix(flat)).reshape(-1, 1, 6, 6, 6)
+            out: torch.Tensor = self.head(torch.relu(self.layer(seen)))
+            return out
+
+    with pytest.raises(CannotExplainError, match="cannot be told") as caught:
+        mg.explain(nets.volume(8), nets.made(Turned), layer="layer", method="gradcam")
+    assert caught.value.reason == "placement"
 
 
 @pytest.mark.parametrize("method", METHODS)

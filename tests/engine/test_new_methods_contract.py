@@ -6,17 +6,22 @@ import importlib
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import med_gradcam as mg
 from med_gradcam import _plugins, observe
 from med_gradcam.capture import Capture
+from med_gradcam.explanation import Measure
 from med_gradcam.graph import trace
 from med_gradcam.methods import Bound, Evidence
+from med_gradcam.methods._noise import textures
+from med_gradcam.record import from_record, to_record
+from med_gradcam.reference import grain
 from med_gradcam.tail import INPUT, Score, at_rest
 from tests.engine import nets
 
@@ -31,10 +36,12 @@ def _method(name: str) -> ModuleType:
     return importlib.import_module(f"med_gradcam.methods.{name}")
 
 
-def _capture(name: str, net: nn.Module, score: Score, seed: int = 0) -> Capture:
-    """A capture as the engine hands it to a method."""
+def _capture(
+    name: str, net: nn.Module, score: Score, seed: int = 0, *, times: float = 1.0
+) -> Capture:
+    """A capture as the engine hands it to a method; the scans times `times`."""
     dtype = next(net.parameters()).dtype
-    x, reference = (nets.batch(nets.scan(seed=s), dtype) for s in (0, 5))
+    x, reference = (times * nets.batch(nets.scan(seed=s), dtype) for s in (0, 5))
     method = _method(name)
     layer = "first" if method.LEVEL == "layer" else INPUT
     if hasattr(method, "INSTEAD"):  # it needs scan and reference as a pair
@@ -51,8 +58,10 @@ def _capture(name: str, net: nn.Module, score: Score, seed: int = 0) -> Capture:
     return found
 
 
-def _evidence(name: str, net: nn.Module, score: Score, seed: int = 0) -> Evidence:
-    capture = _capture(name, net, score, seed)
+def _evidence(
+    name: str, net: nn.Module, score: Score, seed: int = 0, *, times: float = 1.0
+) -> Evidence:
+    capture = _capture(name, net, score, seed, times=times)
     with at_rest(net):
         made: Evidence = _method(name).evidence(capture, LOOSE)
     return made
@@ -67,6 +76,8 @@ def check_constants(method: ModuleType) -> None:
     assert len(method.TITLE) <= 100
     for flag in FLAGS:
         assert isinstance(getattr(method, flag), bool), flag
+    assert method.UNIT in get_args(Measure)
+    assert method.SIGNED or method.UNIT != "score", "what leaves out a sign is no amount"
     assert method.LEVEL in ("layer", "input")
     assert method.LEVEL == "input" or not method.BESIDE
     assert method.SIGNED or not method.PROMISES_SUM
@@ -84,6 +95,8 @@ def test_a_method_that_says_too_little_is_caught() -> None:
     check_constants(_module(whole))
     for key, wrong in (
         ("SIGNED", "no"),
+        ("UNIT", "log-odds"),
+        ("UNIT", "score"),
         ("LEVEL", "voxel"),
         ("BESIDE", True),
         ("PROMISES_SUM", True),
@@ -129,6 +142,94 @@ def test_what_is_for_a_class_is_against_its_opposite(name: str, maker: str) -> N
     theirs = _evidence(name, net, lambda out: -plain(out)).values
     assert float((ours + theirs).abs().max()) <= 1e-10 * float(ours.abs().max())
     assert float(ours.min()) < 0 < float(ours.max())
+
+
+def _times(
+    net: nn.Module, path: str, factor: float, names: tuple[str, ...] = ("weight",)
+) -> nn.Module:
+    for name in names:
+        nets.weight(net, path, name).mul_(factor)
+    return net
+
+
+def measured(name: str) -> str:
+    """What a method's numbers are, by what becomes of them in other units.
+
+    Of twice the score, of its opposite, of a layer whose numbers are four times as large, and of
+    a scan in another unit: the network gives the same scores in the last two.
+    """
+    plain, four = nets.score_of(1), 4.0
+
+    def same(values: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return float((values - wanted).abs().max()) <= 1e-9 * float(wanted.abs().max())
+
+    def net() -> nn.Module:
+        return nets.made(nets.gated, dtype=torch.float64)
+
+    once = _evidence(name, net(), plain).values
+    twice = _evidence(name, net(), lambda out: 2 * plain(out)).values
+    opposite = _evidence(name, net(), lambda out: -plain(out)).values
+    scaled = _times(_times(net(), "first.0", four, ("weight", "bias")), "rest.0", 1 / four)
+    louder = _evidence(name, scaled, plain).values
+    weaker = _times(net(), "first.0", 1 / four)
+    other = _evidence(name, weaker, plain, times=four).values
+    if not (same(twice, 2 * once) and same(louder, once)):
+        return "relative units"
+    if same(opposite, -once) and same(other, once):
+        return "score"
+    if same(opposite, once) and same(other, once / four):
+        return "score per input unit"
+    return "relative units"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_map_has_the_unit_that_its_method_says(name: str) -> None:
+    """No map is called log-odds that cannot be an amount of them."""
+    assert measured(name) == _method(name).UNIT
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("gradcam", "log-odds"),
+        ("eigencam", "relative units"),
+        ("saliency", "log-odds per input unit"),
+    ],
+)
+def test_the_unit_goes_with_the_result(name: str, unit: str) -> None:
+    layer = "first" if _method(name).LEVEL == "layer" else "auto"
+    made = mg.explain(nets.volume(), nets.made(nets.gated), method=name, layer=layer)
+    assert (made.unit, made.target.unit) == (unit, "log-odds")
+    assert mg.draw(made).signed.unit == f"{unit} per mL"
+    record = to_record(made)
+    assert (record["unit"], record["score_unit"]) == (unit, "log-odds")
+    assert from_record(record, made.evidence) == made
+
+
+def test_expected_gradients_are_held_against_the_mean_of_their_references() -> None:
+    net, scan = nets.made(nets.silu_mlp), nets.as_volume(3 * nets.scan())
+    nets.weight(net, "rest.4.4").mul_(100)
+    made = mg.explain(scan, net, method="expected_gradients")
+    assert made.status == "complete"
+    assert made.bypassed == 0
+    assert made.reference_score is not None
+    assert made.residual is not None
+    wanted = []
+    for sign in (1.0, -1.0):
+        for texture in textures(torch.Size(scan.array.shape), 2, 0):
+            x = sign * grain(scan.array[0]) * texture[None]
+            with torch.no_grad():
+                wanted.append(float(made.target(net(x))[0]))
+    assert made.reference_score == pytest.approx(np.mean(wanted), abs=1e-5)
+    assert len(set(wanted)) == 4
+    change = made.score - made.reference_score
+    assert abs(made.residual) <= 0.05 * abs(change)
+    assert made.reference.words.endswith(
+        "0 a.u. with 4 seeded textures of the scan's noise, their mean"
+    )
+    plain = mg.explain(scan, net, method="integrated_gradients")
+    assert plain.reference.words.endswith("0 a.u.")
+    assert plain.reference_score != pytest.approx(made.reference_score, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -183,7 +284,8 @@ def test_the_page_of_methods_says_what_the_modules_say() -> None:
     at = {"layer": _rows(text, "At a layer"), "input": _rows(text, "At the input")}
     for name in NAMES:
         method = _method(name)
-        _, adds_up, sign, reference = at[method.LEVEL][name]
+        _, adds_up, sign, unit, reference = at[method.LEVEL][name]
+        assert unit == method.UNIT.removesuffix(" units"), name
         assert sign == ("for and against" if method.SIGNED else "no sign"), name
         assert reference == ("yes" if method.USES_REFERENCE else "no"), name
         assert not method.PROMISES_SUM or adds_up.startswith("z"), name

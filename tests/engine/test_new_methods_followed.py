@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -100,6 +102,108 @@ def test_fullgrad_puts_a_bias_where_its_cells_are(first: int) -> None:
     at = first + 4
     assert float(found.values[:4, :4, at - 3 : at + 4].sum()) == pytest.approx(6.0)
     assert float(found.values.max()) == pytest.approx(float(found.values[0, 0, at]))
+
+
+def _blocks(norm: nn.Module, act: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nets.conv(1, 4), norm, act, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm3d(4, affine=True), nn.GroupNorm(2, 4), nn.BatchNorm3d(4)]
+)
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.LeakyReLU(), nn.ELU(), nn.SiLU()])
+def test_fullgrad_is_the_same_when_work_is_done_in_place(norm: nn.Module, act: nn.Module) -> None:
+    """The block of nnU-Net: torch gives an InstanceNorm's output as a view."""
+    net = nets.made(lambda: _blocks(norm, act), dtype=torch.float64)
+    capture = nets.captured(net, INPUT, nets.batch(nets.scan(), torch.float64), nets.score_of(1))
+    plain = fullgrad.evidence(capture, Bound(1e-10, 0.0))
+    net.get_submodule("2").inplace = True  # type: ignore[assignment]
+    inside = fullgrad.evidence(capture, Bound(1e-10, 0.0))
+    assert inside.start_score == pytest.approx(plain.start_score, abs=1e-12)
+    assert torch.allclose(inside.values, plain.values, rtol=0, atol=1e-12)
+    assert float(plain.values.abs().sum()) > 0.01
+
+
+class InPlace(nn.Module):
+    """The same network, writing to whole tensors, views and slices (or not)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nets.conv(1, 4), nets.conv(4, 4), nn.InstanceNorm3d(4)
+        self.mix, self.head, self.inside = nn.Linear(4, 4), nn.Linear(4, 2), True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.a(x))
+        halves = torch.full_like(h, 0.5)[:, :2]
+        if self.inside:
+            view = h[:, 1:3]
+            view += 0.3  # what it is a view of goes on
+            view.sigmoid_()
+            h = h * 1.5
+            h[:, :, 2:5] = 0.25
+            h[:, :2] += halves
+            residual = h
+            h = self.b(h)
+            h += residual
+            h.tanh_()
+        else:
+            view = torch.sigmoid(h[:, 1:3] + 0.3)
+            h = torch.cat([h[:, :1], view, h[:, 3:]], 1) * 1.5
+            rows = torch.arange(h.shape[2])[:, None, None]
+            h = torch.where((rows >= 2) & (rows < 5), torch.full_like(h, 0.25), h)
+            h = torch.cat([h[:, :2] + halves, h[:, 2:]], 1)
+            h = torch.tanh(self.b(h) + h)
+        mixed = self.mix(h.movedim(1, -1))
+        mixed = torch.relu_(mixed) if self.inside else torch.relu(mixed)
+        out: torch.Tensor = self.head(mixed.mean((1, 2, 3)))
+        return out
+
+
+def test_fullgrad_follows_what_is_written_to_views() -> None:
+    net = nets.made(InPlace, dtype=torch.float64)
+    capture = nets.captured(net, INPUT, nets.batch(nets.scan(), torch.float64), nets.score_of(1))
+    made = []
+    for net.inside in (True, False):  # type: ignore[assignment]
+        made.append(fullgrad.evidence(capture, Bound(1e-10, 0.0)))
+    assert made[0].start_score == pytest.approx(made[1].start_score, abs=1e-12)
+    assert float((made[0].values - made[1].values).abs().max()) < 1e-12
+    assert float(made[0].values.abs().sum()) > 0.01
+
+
+@pytest.mark.parametrize("picked", [False, True])
+def test_the_log_odds_of_a_map_have_their_places(picked: bool) -> None:
+    """log(1 + 1) at one voxel of a network that puts out nothing: there, and nowhere else."""
+    net = nets.made(lambda: nets.conv(1, 3))
+    with torch.no_grad():
+        nets.weight(net, "").zero_()
+        nets.weight(net, "", "bias").zero_()
+
+    def score(out: torch.Tensor) -> torch.Tensor:
+        rivals = (out[:, [1, 2]] if picked else out[:, 1:]).logsumexp(1)
+        return (out[:, 0] - rivals)[:, 5, 6, 7]
+
+    capture = nets.captured(net, INPUT, nets.batch(nets.scan()), score)
+    found = fullgrad.evidence(capture, Bound(1e-6, 0.0))
+    assert found.start_score == 0.0
+    assert float(found.values[5, 6, 7]) == pytest.approx(-math.log(2), abs=1e-6)
+    assert int((found.values != 0).sum()) == 1
+
+
+def test_channels_picked_one_by_one_with_voxels_have_no_place() -> None:
+    """Picked voxels lie anywhere: their bias is left out, and no place is made up."""
+    net = nets.made(lambda: nets.conv(1, 3), dtype=torch.float64)
+
+    def score(out: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(out[:, :, [3, 9, 1]]).sum(dim=(1, 2, 3, 4))
+
+    x = nets.batch(nets.scan(), torch.float64)
+    capture = nets.captured(net, INPUT, x, score)
+    found = fullgrad.evidence(capture, Bound(1e-10, 0.0))
+    out = net(x).detach()[:, :, [3, 9, 1]]
+    bent = torch.sigmoid(out) - out * torch.sigmoid(out) * (1 - torch.sigmoid(out))
+    assert found.start_score == pytest.approx(float(bent.sum()), rel=1e-9)
 
 
 class Hidden(torch.autograd.Function):

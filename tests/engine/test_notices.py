@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import med_gradcam as mg
+from med_gradcam import explaining, outcome
+from med_gradcam.capture import Capture
 from med_gradcam.errors import CannotExplainError
-from med_gradcam.explanation import NOTICE_WORDS
+from med_gradcam.explanation import NOTICE_WORDS, Region
+from med_gradcam.methods import Evidence
 from med_gradcam.metrics import causal
 from tests.engine import architectures, nets
 
@@ -159,6 +162,22 @@ def test_secant_adds_up_where_the_score_is_saturated() -> None:
     made = _explain(nets.made(Clamped), "secant", image=BRIGHT, link="none")
     assert made.status == "complete"
     assert made.sum_for - made.sum_against == pytest.approx(1 - 0.48, abs=0.01)
+    assert made.notices == ()
+
+
+def test_a_sure_network_does_not_saturate_secant() -> None:
+    """Ten times the weights of the head: the probability is 1 to five digits, the map the same."""
+    once, tenfold = nets.made(nets.gated), nets.made(nets.gated)
+    for name in ("weight", "bias"):
+        nets.weight(once, "rest.3.head", name).mul_(40)
+        nets.weight(tenfold, "rest.3.head", name).mul_(400)
+    one, ten = (_explain(net, "secant", image=BRIGHT, link=None) for net in (once, tenfold))
+    assert one.probability is not None
+    assert ten.probability is not None
+    assert one.probability < 0.999
+    assert ten.probability > 0.99999
+    assert ten.notices == one.notices == ()
+    np.testing.assert_allclose(ten.evidence, 10 * one.evidence, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["gradcam", "hirescam"])
@@ -230,14 +249,23 @@ def test_quick_says_what_it_gave_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.provenance.parameters["quick"] is True
 
 
+UNTESTED = "quick: the coarsest layer was taken untested, and the scan was not run a second time"
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"layer": "b"}, ["quick: the scan was not run a second time"]),
-        ({"layer": "b", "method": "integrated"}, []),
+        ({"layer": "b", "method": "integrated"}, ["quick: the scan was not run a second time"]),
         ({"layer": "b", "method": "gradcam"}, []),
-        ({"method": "integrated"}, ["quick: the coarsest layer was taken untested"]),
-        ({"method": "gradcam"}, ["quick: the coarsest layer was taken untested"]),
+        (
+            {"method": "integrated"},
+            [UNTESTED],
+        ),
+        (
+            {"method": "gradcam"},
+            [UNTESTED],
+        ),
     ],
 )
 def test_quick_says_no_more_than_it_gave_up(settings: dict[str, Any], said: list[str]) -> None:
@@ -254,3 +282,92 @@ def test_a_network_that_answers_differently_each_time_is_seen(quick: bool) -> No
 
     with pytest.raises(CannotExplainError, match="a different score each time"):
         mg.explain(nets.volume(), nets.made(Noisy), layer="c", quick=quick)
+
+
+# --------------------------------------------------------------- near the score of the reference
+
+
+class Planted(nn.Module):
+    """Two regions of one worth and opposite signs, and next to nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Sequential(nn.Conv3d(1, 1, 1, bias=False), nn.ReLU()), nn.AvgPool3d(2)
+        with torch.no_grad():
+            self.get_parameter("a.0.weight").fill_(1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = self.b(self.a(x))[:, 0]
+        raises, lowers = places[:, :4].sum((1, 2, 3)), places[:, 4:].sum((1, 2, 3))
+        return torch.stack([0 * raises, 0.05 * (raises - lowers)], 1)
+
+
+def _two_blobs() -> mg.Volume:
+    array = np.zeros((1, 16, 16, 16), dtype=np.float32)
+    array[0, 3:6, 6:10, 6:10] = array[0, 10:13, 6:10, 6:10] = 1.0
+    return nets.as_volume(array)
+
+
+def test_findings_that_cancel_out_are_no_rounding_noise() -> None:
+    made = mg.explain(_two_blobs(), nets.made(Planted), target=1)
+    assert made.score == pytest.approx(made.reference_score or 0.0, abs=1e-6)
+    assert made.sum_for == pytest.approx(made.sum_against, rel=1e-5)
+    assert made.sum_for > 0.1
+    assert "like_reference" not in made.notices
+
+
+@pytest.mark.parametrize(
+    ("score", "against", "effect", "matters"),
+    [
+        (1.0, 0.0, 0.0, True),
+        (0.3, 0.3, 1.39, True),  # two findings that cancel out
+        (0.3, 0.3, 0.001, False),  # a scan without findings
+        (0.0, None, 0.0, True),  # nothing to compare with
+    ],
+)
+def test_the_test_of_the_layers_is_told_where_something_moves_the_score(
+    score: float, against: float | None, effect: float, *, matters: bool
+) -> None:
+    first = Capture("a", torch.zeros(1, 1, 1, 1), nets.score_of(), score, None)  # type: ignore[arg-type]
+    first.reference_score = against
+    region = Region((0.0, 0.0, 0.0), 8.0, "random", 0.0, effect)
+    choice = causal.Choice("a", (), (region,), "planted note")
+    target = nets.score_of(link="softmax")
+    assert explaining._matters(first, target, choice) is matters
+
+
+def test_rounding_errors_are_no_map() -> None:
+    class Flat(Planted):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1e-8 * super().forward(x) + 1.0
+
+    made = mg.explain(_two_blobs(), nets.made(Flat), target=1, layer="a", link="none")
+    assert "like_reference" in made.notices
+    assert not made.evidence.any()
+
+
+def test_a_sum_within_the_least_that_counts_is_said_to_be_no_more() -> None:
+    """The bound of `integrated` is 0.02 log-odds where the difference is smaller than that."""
+    seen = Capture("a", torch.zeros(1, 1, 1, 1), nets.score_of(), 0.05, None)  # type: ignore[arg-type]
+    seen.reference_score = 0.0
+    made = [
+        outcome.status(
+            seen,
+            Evidence(torch.full((1, 1, 1), total, dtype=torch.float64), 0.0, converged=True),
+            "a",
+            promises=True,
+        )
+        for total in (0.05, 0.049, 0.035)
+    ]
+    assert [status for status, _, _ in made] == ["complete"] * 3
+    assert [len(warnings) for _, _, warnings in made] == [0, 0, 1]
+    assert "misses 0.015 of a difference of 0.05" in made[2][2][0]
+
+
+def test_what_fullgrad_leaves_out_is_not_said_to_flow_past_a_layer() -> None:
+    """A network in one line: there is no way past anything; the head's bias has no place."""
+    made = mg.explain(nets.volume(), nets.made(nets.pooled_linear), target=1, method="fullgrad")
+    assert made.status == "not_a_cut"
+    (said,) = [words for words in made.warnings if "leaves that part out" in words]
+    assert "of the score has no place in the scan (biases behind pooling" in said
+    assert not any("skip" in words or "flows past" in words for words in made.warnings)

@@ -103,7 +103,7 @@ def test_a_mirrored_frame_order_would_be_seen(
     monkeypatch.setattr(_dicom_frames, "frames", lambda slices: real(slices[::-1]))
     path = dicom_parametric_map.save(made, tmp_path)[0]
     with pytest.raises(AssertionError, match="Mismatched elements"):
-        assert_highdicom_agrees(path, made.maps.raises)
+        assert_highdicom_agrees(path, made.maps.signed)
 
 
 # ---- what an object says
@@ -155,6 +155,53 @@ def test_words_codes_and_numbers(written: tuple[Bundle, dict[str, Path]]) -> Non
         quantity = mapping.QuantityDefinitionSequence[0]
         assert quantity.ConceptNameCodeSequence[0].CodeValue == "246205007"
         assert quantity.ConceptCodeSequence[0].CodeValue == "130403"
+
+
+@pytest.mark.parametrize(
+    ("measure", "code", "unit"),
+    [
+        ("score per input unit", "[arb'U]/mL", "log-odds per input unit per mL"),
+        ("relative units", "[arb'U]/mL", "relative units per mL"),
+    ],
+)
+def test_a_map_without_log_odds_does_not_claim_them(
+    tmp_path: Path, measure: str, code: str, unit: str
+) -> None:
+    made = bundle(
+        dicom_series.read(phantom.write(tmp_path / "source")), measure=measure, status="no_sum"
+    )
+    for path in dicom_parametric_map.save(made, tmp_path):
+        data = pydicom.dcmread(path)
+        shared = data.SharedFunctionalGroupsSequence[0]
+        mapping = shared.RealWorldValueMappingSequence[0]
+        said = mapping.MeasurementUnitsCodeSequence[0]
+        assert (said.CodeValue, said.CodeMeaning) == (code, unit)
+        assert mapping.LUTExplanation.endswith(unit)
+        story = data.ContributingEquipmentSequence[0].ContributionDescription
+        assert f"in {unit}, method" in story
+        assert "log-odds. score of the reference" in story  # the scores have them
+        assert problems(path) == []
+
+
+def test_a_map_without_a_sign_is_one_object(tmp_path: Path) -> None:
+    volume = dicom_series.read(phantom.write(tmp_path / "source"))
+    made = bundle(volume, evidence=np.ones((3, 2, 3)), signed=False, measure="relative units",
+                  status="no_sum", reference_score=None)  # fmt: skip
+    (path,) = dicom_parametric_map.save(made, tmp_path)
+    assert [p.name for p in (tmp_path / "dicom").iterdir()] == ["strength.dcm"] == [path.name]
+    data = pydicom.dcmread(path)
+    assert (data.SeriesNumber, data.ContentLabel) == (9004, "MAP_STRENGTH")
+    assert data.SeriesDescription == "Map without sign nodule (research, not for diagnosis)"
+    story = data.ContributingEquipmentSequence[0].ContributionDescription
+    assert "Map without a sign, target nodule, in relative units per mL" in story
+    assert "no sign: it shows where it is strong, not what raises or lowers the score" in story
+    assert "evidence" not in f"{story} {data}".lower().replace("no evidence", "evidence")
+    voi = data.SharedFunctionalGroupsSequence[0].FrameVOILUTSequence[0]
+    peak = made.maps.signed.peak
+    window = float(voi.WindowCenter), float(voi.WindowWidth)
+    assert window == pytest.approx((peak / 2, peak))
+    assert_highdicom_agrees(path, made.maps.signed)
+    assert problems(path) == []
 
 
 def test_one_window_for_both_polarities(written: tuple[Bundle, dict[str, Path]]) -> None:

@@ -23,6 +23,7 @@ from med_gradcam.formats import nifti
 from med_gradcam.geometry import Geometry, cells
 from med_gradcam.maps import draw
 from med_gradcam.record import to_record
+from med_gradcam.target import Target
 from tests.tiny import ORDERS, affine_of, explained, grids, opened, save_nifti
 
 Array = npt.NDArray[Any]
@@ -343,6 +344,20 @@ def test_the_header_carries_the_scale(tmp_path: Path) -> None:
         assert h.get_intent()[2] == "log-odds/mL"
 
 
+@pytest.mark.parametrize("link", ["softmax", "none"])
+@pytest.mark.parametrize(
+    ("measure", "word"),
+    [("score", ""), ("score per input unit", "gradient"), ("relative units", "relative")],
+)
+def test_the_header_says_the_unit(tmp_path: Path, measure: Any, word: str, link: Any) -> None:
+    target = Target("class" if link == "softmax" else "regression", "x", (1,), link)
+    e = explained(evidence(), CELLS, SCAN, measure=measure, target=target)
+    word = word or ("log-odds" if link == "softmax" else "score")
+    for path in nifti.save(bundle(e), tmp_path):
+        per = "cell" if path.name == "explanation.nii.gz" else "mL"
+        assert opened(path).header.get_intent()[2] == f"{word}/{per}"
+
+
 def test_the_same_explanation_gives_the_same_bytes(tmp_path: Path) -> None:
     e = explained(evidence(), CELLS, SCAN)
     (tmp_path / "a").mkdir()
@@ -434,3 +449,14 @@ def test_a_whole_chest_is_written_in_seconds(tmp_path: Path) -> None:
     start = time.perf_counter()
     nifti.save(Bundle(e, maps), tmp_path)
     assert time.perf_counter() - start < 20  # three maps of 315 MB; zlib alone takes 12 s for each
+
+
+def test_a_map_without_a_sign_is_one_file(tmp_path: Path) -> None:
+    e = explained(np.abs(evidence()), CELLS, SCAN, signed=False, measure="relative units")
+    cells_, strength = nifti.save(bundle(e), tmp_path)
+    assert (cells_.name, strength.name) == ("explanation.nii.gz", "strength.nii.gz")
+    for path in (cells_, strength):
+        assert opened(path).header["descrip"].item().startswith(b"Map without a sign, research")
+    assert float(opened(strength).header["cal_min"]) == 0
+    assert np.array_equal(np.asarray(opened(strength).dataobj), draw(e).signed.values)
+    assert nifti.read_explanation(tmp_path) == e

@@ -90,8 +90,8 @@ def panel(made: Explanation, view: str) -> tuple[npt.NDArray[np.uint8], _panel.F
     ready = scene(bundle(made))
     plane = plane_of(made.image, view)
     field = _panel.whole_field(plane, (400, 400))
-    pair = [project(ready.heatmap(side), view).values for side in png.SIDES]
-    layers = _panel.Layers(None, None, pair[0], pair[1], ready.maps.raises.scale)
+    sides = {side: project(heatmap, view).values for side, heatmap in ready.sides.items()}
+    layers = _panel.Layers(None, None, sides, ready.maps.signed.scale)
     return np.asarray(_panel.picture(field, layers)), field
 
 
@@ -231,11 +231,23 @@ def test_a_regression_has_its_own_unit_and_no_probability(written_words: list[st
     assert "not relative to a reference" in words
 
 
+def test_a_map_without_log_odds_does_not_claim_them(written_words: list[str]) -> None:
+    made = explanation(
+        measure="relative units", status="no_sum", reference_score=None, calibration=None
+    )
+    overview(scene(bundle(made)))
+    words = said(written_words)
+    assert "Model score 30.4 log-odds" in words  # the score has them
+    assert words.count("log-odds") == 1
+    assert "Evidence for 60.0, against 25.0, net 35.0 relative units" in words
+    assert "relative units per mL" in words
+
+
 def test_trouble_is_told(written_words: list[str]) -> None:
     made = explanation(status="not_a_cut", bypassed=0.21, warnings=("something is odd",))
     overview(scene(bundle(made)))
     words = said(written_words)
-    assert "flows past this layer: the map leaves that part out (21%)" in words
+    assert "flows past this layer or has no place: it is not in the map (21%)" in words
     assert "Warning: something is odd" in words
 
 
@@ -257,7 +269,9 @@ def test_nothing_of_the_source_reaches_a_picture(written_words: list[str], tmp_p
     assert all(secret.encode() not in path.read_bytes() for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("case", ["plain", "long", "empty", "one side", "patch", "no scan"])
+@pytest.mark.parametrize(
+    "case", ["plain", "long", "empty", "one side", "patch", "no scan", "no sign"]
+)
 def test_no_text_overlaps_another_or_leaves_the_sheet(
     case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -274,6 +288,7 @@ def test_no_text_overlaps_another_or_leaves_the_sheet(
         "one side": explanation(evidence=np.maximum(explanation().evidence, 0)),
         "patch": patch(),
         "no scan": explanation(),
+        "no sign": bare(),
     }[case]
     boxes: dict[int, list[tuple[float, float, float, float, str]]] = {}
     sheets: list[Image.Image] = []
@@ -289,7 +304,7 @@ def test_no_text_overlaps_another_or_leaves_the_sheet(
     monkeypatch.setattr(_canvas, "write", spy)
     png.save(bundle(made, with_scan=case != "no scan"), tmp_path)
     sizes = {id(image): image.size for image in sheets}
-    assert len(boxes) == 7
+    assert len(boxes) == (4 if case == "no sign" else 7)
     for sheet, found in boxes.items():
         width, height = sizes[sheet]
         for left, top, right, bottom, text in found:
@@ -415,3 +430,51 @@ def test_a_real_chest_ct_is_shown_as_lung(real_data: Path, tmp_path: Path) -> No
     assert "patient's right" in peak.words.replace("\u00a0", " ")
     written = png.save(Bundle(made, ready.maps, Volume(array[None], grid, "CT", "HU")), tmp_path)
     assert {path.name for path in written} == NAMES
+
+
+def bare() -> Explanation:
+    """A map without a sign, in relative units, as eigencam makes it."""
+    return explanation(
+        evidence=np.abs(explanation().evidence), signed=False, measure="relative units",
+        status="no_sum", reference_score=None, calibration=None, method="eigencam",
+    )  # fmt: skip
+
+
+def test_a_map_without_a_sign_is_one_colour_and_speaks_of_no_side(
+    written_words: list[str], tmp_path: Path
+) -> None:
+    written = png.save(bundle(bare()), tmp_path)
+    assert {path.name for path in written} == {
+        "overview.png",
+        *(f"mip_{view}_strength.png" for view in VIEWS),
+    }
+    words = said(written_words).replace("not what raises or lowers the score", "")
+    for wanted in (
+        "Map without a sign, target: nodule",
+        "This map, in relative units, has no sign: it shows where it is strong",
+        "Where the map is strongest: R ",
+        "Where the map is strong: maximum along the rays",
+        "map strength (no sign)",
+    ):
+        assert wanted in words, wanted
+    for wrong in ("vidence", "raises", "lowers", "against"):
+        assert wrong not in words, wrong
+    assert words.count("log-odds") == words.count("Model score") == 4
+    picture = np.asarray(panel(bare(), "axial")[0]).astype(int)
+    red, green, blue = (picture[..., n] for n in range(3))
+    purple = (red > green + 20) & (blue > green + 20)
+    assert purple.sum() > 100
+    assert not ((abs(red - blue) > 60) & purple).any()
+
+
+def test_nothing_above_the_floor_of_a_map_without_a_sign(written_words: list[str]) -> None:
+    made = bare().replace(evidence=0.01 * bare().evidence, calibration=FIXED)
+    overview(scene(bundle(made)))
+    words = said(written_words)
+    assert "othing above the model's noise floor" in words
+    assert "vidence" not in words
+
+
+def test_a_method_without_a_reference_adds_up_to_the_score(written_words: list[str]) -> None:
+    overview(scene(bundle(explanation(reference_score=None))))
+    assert "The map adds up to the score." in said(written_words)

@@ -65,6 +65,14 @@ def test_legend_speaks_of_the_newest_map() -> None:
     assert "air" not in words
 
 
+def test_legend_of_a_map_without_a_sign() -> None:
+    entry = {"kind": "strength", "unit": "relative units per mL", "relative_to": "", "scale": "S"}
+    words = legend([{**entry, "kind": "for"}, entry])
+    assert words.startswith("purple: where the map is strong, no sign\nrelative units per mL\n")
+    assert "raises" not in words
+    assert "lowers" not in words
+
+
 def middle(picture: npt.NDArray[np.uint8], strong: int, weak: int) -> tuple[float, float]:
     """Row and column, -1..1 from the picture's middle, of pixels with more of one colour."""
     difference = picture[..., strong].astype(int) - picture[..., weak]

@@ -92,6 +92,17 @@ def test_maps_share_one_fixed_scale_and_clear_below_the_floor(
     assert made[1][1]["name"] == "raises the model's score: nodule"
 
 
+def test_a_map_without_a_sign_is_one_layer(make_scan: Scan, make_explanation: Explain) -> None:
+    explanation = make_explanation(make_scan())
+    bare = explanation.replace(evidence=abs(explanation.evidence), signed=False)
+    (layer,) = layers.map_layers(bare, maps.draw(bare))
+    assert layer[1]["name"] == "map without a sign: nodule"
+    assert layer[1]["metadata"][layers.KEY]["kind"] == "strength"
+    red, green, blue, _ = layer[1]["colormap"]["colors"][1]
+    assert min(red, blue) > green
+    assert layers.strongest(maps.draw(bare)) is not None
+
+
 def test_map_metadata_says_what_it_is(make_scan: Scan, make_explanation: Explain) -> None:
     explanation = make_explanation(make_scan())
     entry = layers.map_layers(explanation, maps.draw(explanation))[1][1]["metadata"][layers.KEY]

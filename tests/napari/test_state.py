@@ -105,3 +105,33 @@ def test_probability_words(probability: float | None, words: str) -> None:
 def test_point_text_is_what_the_engine_reads() -> None:
     assert state.point_text((34.04, -12.0, 88.0)) == "ras:34.0,-12.0,88.0"
     assert state.where_words((34.0, -12.0, 88.0)) == "R 34 P 12 S 88 mm, patient's right"
+
+
+def test_scores_have_the_score_s_unit(make_scan: Scan, make_explanation: Explain) -> None:
+    explanation = make_explanation(make_scan(), measure="relative units", status="no_sum")
+    table = dict(state.result_rows(explanation, "scale"))
+    assert table["Model's score"] == "+1.50 log-odds"
+    assert table["Relative to"] == "uniform lung: +0.500 log-odds"
+    assert table["Raises it (for)"] == "+2.00 relative units"
+
+
+def test_a_map_without_a_sign_raises_and_lowers_nothing(
+    make_scan: Scan, make_explanation: Explain
+) -> None:
+    explanation = make_explanation(make_scan())
+    bare = explanation.replace(
+        evidence=abs(explanation.evidence), signed=False, measure="relative units", status="no_sum"
+    )
+    shown = state.with_result(READY, bare, "scale", "R 30 A 20")
+    assert shown.status == "The map is strongest at R 30 A 20."
+    table = dict(shown.rows)
+    assert not {"Raises it (for)", "Lowers it (against)", "Net evidence"} & set(table)
+    assert table["Map"].startswith("in relative units, with no sign: it shows where it is strong")
+    assert table["Residual"] == "this method does not promise a sum"
+
+
+def test_without_a_reference_the_map_adds_up_to_the_score(
+    make_scan: Scan, make_explanation: Explain
+) -> None:
+    table = dict(state.result_rows(make_explanation(make_scan(), reference_score=None), "scale"))
+    assert table["Residual"] == "the map adds up to the score"

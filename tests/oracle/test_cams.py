@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from med_gradcam.capture import Capture
 from med_gradcam.methods import (
@@ -307,3 +310,27 @@ def test_a_cell_in_the_padding_gives_all_to_the_nearest_voxel() -> None:
     out = spread(cells, (-6.0, 0.0, 0.0), (4.0, 4.0, 4.0), (8, 12, 12))
     assert float(out.sum()) == pytest.approx(3.0)
     assert float(out[0].sum()) == pytest.approx(3.0)
+
+
+class _Largest(TorchDispatchMode):
+    """How many numbers the largest tensor holds that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numbers = max(self.numbers, *(t.numel() for t in made), 0)
+        return out
+
+
+@pytest.mark.parametrize("bring", [interpolated, spread])
+@pytest.mark.parametrize("cells", [4, 20])
+def test_cells_are_brought_onto_voxels_one_axis_at_a_time(bring: Any, cells: int) -> None:
+    """All three at once would take 20^3 x 20^2 numbers here, and 64^5 in a real scan."""
+    jump = 20 / cells
+    with _Largest() as largest:
+        bring(torch.ones([cells] * 3).double(), ((jump - 1) / 2,) * 3, (jump,) * 3, (20, 20, 20))
+    assert 0 < largest.numbers <= 20**3

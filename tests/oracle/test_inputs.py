@@ -126,8 +126,16 @@ def test_expected_gradients_add_up_to_the_references_mean_score(maker: Any) -> N
     assert found.start_score == pytest.approx(np.mean(scores), rel=1e-12)
     total = capture.score - np.mean(scores)
     assert float(found.values.sum()) == pytest.approx(total, abs=1e-3 * abs(capture.score))
+    assert found.reference_score == found.start_score
     assert found.converged
     assert capture.passes >= 2 * found.nodes
+
+
+def test_expected_gradients_converge_only_if_their_sum_does() -> None:
+    capture = nets.captured(nets.made(smooth), INPUT, _x(torch.float32), nets.score_of(1))
+    capture.baseline, capture.reference_score = _x(torch.float32, 5)[0], 0.0
+    assert expected_gradients.evidence(capture, LOOSE).converged
+    assert not expected_gradients.evidence(capture, Bound(0.0, 0.0)).converged
 
 
 @pytest.mark.parametrize("method", [integrated_gradients, expected_gradients])
