@@ -2,7 +2,8 @@
 
 Needs the other tools' environment: `benchmarks/peers/setup.sh`, then
 `.venv-peers/bin/python -m benchmarks.bench_peers`. Writes the table in docs/benchmarks.md and
-benchmarks/results/peers.json; with --print it only prints the table.
+benchmarks/results/peers.json; with --print it only prints the table. Each network is written as
+soon as it is measured; with --nets those measured before on the same machine and versions stay.
 """
 
 from __future__ import annotations
@@ -81,12 +82,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.peers.measure import machine
     from benchmarks.peers.nets import NETS
 
-    results = {}
-    for net in options.nets:
-        for side in options.sides or [NETS[net].side]:
-            print(f"{net} at {side}^3 ...", file=sys.stderr, flush=True)
-            results[f"{net} @ {side}"] = column(net, side, options)
-    return {
+    found: dict[str, Any] = {
         "machine": machine(options.threads),
         "versions": versions(),
         "settings": {
@@ -94,8 +90,36 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
             "memory_runs": options.memory_runs,
             "date": datetime.now(UTC).date().isoformat(),
         },
-        "results": results,
     }
+    known = _known(found)
+    for net in options.nets:
+        for side in options.sides or [NETS[net].side]:
+            print(f"{net} at {side}^3 ...", file=sys.stderr, flush=True)
+            known[f"{net} @ {side}"] = column(net, side, options)
+            order = {name: n for n, name in enumerate(NETS)}
+            columns = sorted(known.items(), key=lambda item: order[item[0].split(" @ ")[0]])
+            found["results"] = dict(columns)
+            if not options.print:
+                _write(found)
+    return found
+
+
+def _known(now: dict[str, Any]) -> dict[str, Any]:
+    """Columns measured before with the same machine, versions and settings."""
+    if not RESULTS.exists():
+        return {}
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))
+    same = all(before.get(key) == now[key] for key in ("machine", "versions", "settings"))
+    return dict(before["results"]) if same else {}
+
+
+def _write(found: dict[str, Any]) -> None:
+    """The results, and their table in the page."""
+    from benchmarks.peers.page import peers_text, put
+
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    put(PAGE, "peers", peers_text(found))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,16 +144,12 @@ def main(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] == "--one":
         print(json.dumps(one(*arguments[1:])))
         return
-    from benchmarks.peers.page import peers_text, put
+    from benchmarks.peers.page import peers_text
 
     options = parser().parse_args(arguments)
     found = report(options)
     if options.print:
         print(peers_text(found))
-        return
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    put(PAGE, "peers", peers_text(found))
 
 
 if __name__ == "__main__":
