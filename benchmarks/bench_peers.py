@@ -3,7 +3,8 @@
 Needs the other tools' environment: `benchmarks/peers/setup.sh`, then
 `.venv-peers/bin/python -m benchmarks.bench_peers`. Writes the table in docs/benchmarks.md and
 benchmarks/results/peers.json; with --print it only prints the table. Each network is written as
-soon as it is measured; with --nets those measured before on the same machine and versions stay.
+soon as it is measured; with --nets or --variants the figures that were measured before on the same
+machine, with the same versions and settings, stay.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     for net in options.nets:
         for side in options.sides or [NETS[net].side]:
             print(f"{net} at {side}^3 ...", file=sys.stderr, flush=True)
-            known[f"{net} @ {side}"] = column(net, side, options)
+            name = f"{net} @ {side}"
+            known[name] = {**known.get(name, {}), **column(net, side, options)}
             order = {name: n for n, name in enumerate(NETS)}
             columns = sorted(known.items(), key=lambda item: order[item[0].split(" @ ")[0]])
             found["results"] = dict(columns)

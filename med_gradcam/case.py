@@ -204,7 +204,7 @@ class Case:
                 return found
         if self.method.BESIDE:
             beside = layers.beside(self.model, traced, self.named())
-            observed = observe.recorded(net, [*wanted, beside], x, other, self._pick)
+            observed = observe.recorded(net, [*wanted, beside], (x, other), self._pick)
             observed.found[wanted[0]].beside = second = observed.found.pop(beside)
             second.cells = self.cells(beside)
         elif len(wanted) == 1 and not self.method.USES_REFERENCE:
@@ -214,7 +214,9 @@ class Case:
             check = not self.request.quick
             self.given_up += [] if check else [UNREPEATED]
             with self.hurried(wanted):
-                observed = observe.recorded(net, wanted, x, other, self._pick, check=check)
+                observed = observe.recorded(
+                    net, wanted, (x, other), self._pick, check=check, cuts=traced.cuts(wanted)
+                )
         for name, capture in observed.found.items():
             capture.seed, capture.cells = self.request.seed, self.cells(name)
             raws = background.every if background else ()

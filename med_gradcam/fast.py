@@ -25,7 +25,7 @@ from med_gradcam.errors import CannotExplainError
 from med_gradcam.secant.pair import run_all, share
 from med_gradcam.secant.recorder import Recorder
 from med_gradcam.secant.rules import NoRuleError
-from med_gradcam.tail import INPUT, Memory, Score, Tail, record
+from med_gradcam.tail import INPUT, Memory, Score, Tail, record, stand_in
 
 PROMISE = 1e-4  # how far a map may be from the plain one, as a share of its peak
 CLOSE = 2e-5  # how far a HiResCAM map may be: room for methods that magnify what is off
@@ -155,7 +155,7 @@ def _made(net: torch.nn.Module, layers: Sequence[str], x: torch.Tensor) -> Part:
         tail = found.tails[first]
         needed = _needed(tail, found.activations[first])
         memory = tuple(
-            m if used else replace(m, output=_stand_in(m.output))
+            m if used else replace(m, output=stand_in(m.output))
             for m, used in zip(tail.memory, needed, strict=True)
         )
         upto = _optimised(_Upto(net, first, needed), x)
@@ -177,15 +177,6 @@ def _optimised(module: torch.nn.Module, x: torch.Tensor) -> Run:
 
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-
-
-def _stand_in(value: Any) -> Any:
-    """Of the same form and shape, but of one number: nothing that counts is made of it."""
-    leaves, form = tree_flatten(value)
-    return tree_unflatten(
-        [v.new_zeros(()).expand(v.shape) if isinstance(v, torch.Tensor) else v for v in leaves],
-        form,
-    )
 
 
 def _needed(tail: Tail, activation: torch.Tensor) -> tuple[bool, ...]:
@@ -287,7 +278,7 @@ def _values(
 ) -> dict[str, torch.Tensor]:
     """Activations at the layers, and the output's tensors."""
     with standing_in(net, made) if made else nullcontext():
-        found = record(net, names, x)
+        found = record(net, names, x, names)
     output = found.output
     if made:
         with standing_in(net, made, whole=True), torch.no_grad():

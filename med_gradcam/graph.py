@@ -78,6 +78,11 @@ class Trace:
         """The layer of that module path, if its output has places."""
         return next((layer for layer in self.layers if layer.name == name), None)
 
+    def cuts(self, names: Sequence[str]) -> list[str]:
+        """Those of the layers that every path to the scores passes through."""
+        found = ((name, self.find(name)) for name in names)
+        return [name for name, info in found if info is not None and not info.past]
+
     def tail_share(self, name: str) -> float:
         """Share of a forward's work that comes after a layer, 0..1."""
         layer = self.find(name)

@@ -163,13 +163,13 @@ def _check_own(
     """
     x, other = pair
     net = case.model.net
-    before = record(net, names, x).activations
+    before = record(net, names, x, names).activations
     start = 0
     for n, count in enumerate(counts):
         changed = x.clone()
         changed[:, start : start + count] = other[:, start : start + count]
         start += count
-        after = record(net, names, changed).activations
+        after = record(net, names, changed, names).activations
         for m, name in enumerate(names):
             size = float(before[name].abs().max())
             moved = float((after[name] - before[name]).abs().max()) > SAME * size

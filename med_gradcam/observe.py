@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,22 +46,24 @@ def direct(net: torch.nn.Module, layer: str, x: torch.Tensor, pick: Pick) -> Obs
 def recorded(
     net: torch.nn.Module,
     layers: Sequence[str],
-    x: torch.Tensor,
-    reference: torch.Tensor | None,
+    inputs: tuple[torch.Tensor, torch.Tensor | None],
     pick: Pick,
     *,
     check: bool = True,
+    cuts: Collection[str] = (),
 ) -> Observed:
     """Predictions of the scan and the reference that remember what the tails need.
 
-    `check` repeats the scan.
+    `check` repeats the scan; `cuts`: layers that every path is known to pass through.
     """
-    here = record(net, layers, x)
+    x, reference = inputs
+    here = record(net, layers, x, cuts)
     target = pick(here.output)
     if check:  # noise before the layer would hide in what is remembered
         again = target(outputs(net, x))
         check_repeats(x, float(target(here.output)[0]), float(again[0]))
-    there = None if reference is None else record(net, layers, reference)
+    # Of the reference only activations are asked for.
+    there = None if reference is None else record(net, layers, reference, layers)
     return Observed(captures(here, target, there), target, 1.0 + check + (there is not None))
 
 

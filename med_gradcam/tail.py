@@ -13,7 +13,7 @@ import math
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from med_gradcam.errors import CannotExplainError, ModelError
+from med_gradcam.outputs import changed, tensors
 
 Score = Callable[[Any], torch.Tensor]
 INPUT = "@input"  # the scan itself, taken as a layer: its cells are the network's voxels
@@ -79,6 +80,7 @@ class Memory:
 @dataclass(slots=True)
 class _Recording:
     wanted: dict[torch.nn.Module, str]
+    slim: bool = False
     stack: list[_Call] = field(default_factory=list)
     records: list[Memory] = field(default_factory=list)
     memories: dict[str, tuple[Memory, ...]] = field(default_factory=dict)
@@ -109,7 +111,8 @@ class _Recording:
             self.memories[name] = tuple(records)
             self.activations[name] = _activation(output, name).detach().clone()
         # A copy: what follows may work in place on the output.
-        self.records.append(Memory(module, call.parent, _copies(output, 1)))
+        kept = stand_in(output) if self.slim else _copies(output, 1)
+        self.records.append(Memory(module, call.parent, kept))
 
 
 def _activation(output: Any, name: str) -> torch.Tensor:
@@ -123,18 +126,28 @@ def _activation(output: Any, name: str) -> torch.Tensor:
     return output
 
 
-def _copies(value: Any, count: int) -> Any:
-    """What was remembered, for a batch of `count`; for one: a copy to be worked on in place."""
-    if isinstance(value, torch.Tensor):
-        if value.ndim and not any(value.stride()):  # stands in for a value that is not needed
-            return value.expand(max(count, len(value)), *value.shape[1:])
-        return value.clone() if count == 1 else value.expand(count, *value.shape[1:])
-    if isinstance(value, (tuple, list)):
-        parts = [_copies(v, count) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if isinstance(value, dict):
-        return {k: _copies(v, count) for k, v in value.items()}
-    return value
+def _copies(value: Any, count: int, *, solid: bool = False) -> Any:
+    """What was remembered, for a batch of `count`; for one: a copy to be worked on in place.
+
+    `solid`: what stands in for a value can be worked on in place, too.
+    """
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if _stands_in(tensor):
+            shape = (max(count, len(tensor)), *tensor.shape[1:])
+            return tensor.new_zeros(shape) if solid else tensor.expand(shape)
+        return tensor.clone() if count == 1 else tensor.expand(count, *tensor.shape[1:])
+
+    return changed(value, copy)
+
+
+def stand_in(value: Any) -> Any:
+    """Of the same form and shape, but of one number: nothing that counts is made of it."""
+    return changed(value, lambda tensor: tensor.new_zeros(()).expand(tensor.shape))
+
+
+def _stands_in(tensor: torch.Tensor) -> bool:
+    return tensor.ndim > 0 and not any(tensor.stride())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,7 +155,8 @@ class Tail:
     """The network behind one layer, for one input `x` (1, C, I, J, K).
 
     `alone`: activations are run one by one, for networks that cannot be run, or answer otherwise,
-    as a batch.
+    as a batch. `solid`: what stands in for an output that is not needed has memory of its own, for
+    networks that work in place on it.
     """
 
     net: torch.nn.Module
@@ -150,6 +164,7 @@ class Tail:
     x: torch.Tensor
     memory: tuple[Memory, ...]
     alone: bool = False
+    solid: bool = False
 
     def run(self, activations: torch.Tensor) -> Any:
         """The network's output when the layer puts out `activations` (n, C, i, j, k)."""
@@ -176,7 +191,9 @@ class Tail:
                 if not queue:
                     return real(*args, **kwargs)
                 value = queue.popleft()
-                return activations.new_zeros(1) if value is None else _copies(value, count)
+                if value is None:
+                    return activations.new_zeros(1)
+                return _copies(value, count, solid=self.solid)
 
             return forward
 
@@ -223,7 +240,10 @@ class Tail:
             CannotExplainError: the network gives another score each time.
         """
         whole = replace(self, alone=True, memory=())
-        for tail in (self, replace(self, alone=True)):
+        for solid, alone in ((False, False), (True, False), (False, True), (True, True)):
+            if solid and not any(_stands_in(t) for m in self.memory for _, t in tensors(m.output)):
+                continue
+            tail = replace(self, alone=alone, solid=solid)
             try:
                 found = float(tail.scores(activations, score)[0])
             except (RuntimeError, IndexError):  # a batch, or a memory, that does not fit
@@ -287,13 +307,19 @@ class Recorded:
     tails: dict[str, Tail]
 
 
-def record(net: torch.nn.Module, layers: Sequence[str], x: torch.Tensor) -> Recorded:
+def record(
+    net: torch.nn.Module, layers: Sequence[str], x: torch.Tensor, cuts: Collection[str] = ()
+) -> Recorded:
     """Run the network once without gradients and remember what its tails need.
+
+    `cuts`: layers that every path to the score is known to pass through. If all layers are cuts,
+    what came before them is needed for its shape only, and no copy of it is kept.
 
     Raises:
         CannotExplainError: a layer never runs, runs twice or puts out no (1, C, i, j, k).
     """
-    recording = _Recording({net.get_submodule(name): name for name in layers if name != INPUT})
+    wanted = {net.get_submodule(name): name for name in layers if name != INPUT}
+    recording = _Recording(wanted, slim=set(wanted.values()) <= set(cuts))
     handles = []
     for module in net.modules():
         if module is not net:

@@ -76,6 +76,7 @@ def _relative(method: str) -> Callable[[torch.nn.Module, str], Call]:
     def make(net: torch.nn.Module, layer: str) -> Call:
         from med_gradcam import _plugins
         from med_gradcam.capture import captures
+        from med_gradcam.graph import trace
         from med_gradcam.methods import Bound
         from med_gradcam.tail import at_rest, record
 
@@ -83,7 +84,9 @@ def _relative(method: str) -> Callable[[torch.nn.Module, str], Call]:
 
         def call(x: torch.Tensor) -> Any:
             with at_rest(net):
-                here, there = (record(net, [layer], y) for y in (x, torch.zeros_like(x)))
+                cuts = trace(net, x.shape[1:]).cuts([layer])
+                here = record(net, [layer], x, cuts)
+                there = record(net, [layer], torch.zeros_like(x), [layer])
                 found = captures(here, _score, there)[layer]
                 return module.evidence(found, Bound(float("inf"), 0.0)).values
 
@@ -98,6 +101,7 @@ def _known(method: str) -> Callable[[torch.nn.Module, str], Call]:
     def make(net: torch.nn.Module, layer: str) -> Call:
         from med_gradcam import _plugins
         from med_gradcam.capture import captures
+        from med_gradcam.graph import trace
         from med_gradcam.methods import Bound
         from med_gradcam.tail import Recorded, at_rest, record
 
@@ -107,8 +111,9 @@ def _known(method: str) -> Callable[[torch.nn.Module, str], Call]:
         def call(x: torch.Tensor) -> Any:
             with at_rest(net):
                 if not kept:
-                    kept.append(record(net, [layer], torch.zeros_like(x)))
-                found = captures(record(net, [layer], x), _score, kept[0])[layer]
+                    kept.append(record(net, [layer], torch.zeros_like(x), [layer]))
+                cuts = trace(net, x.shape[1:]).cuts([layer])
+                found = captures(record(net, [layer], x, cuts), _score, kept[0])[layer]
                 return module.evidence(found, Bound(float("inf"), 0.0)).values
 
         return call
