@@ -48,6 +48,8 @@ class LayerInfo:
     each channel's mean over the places. `past`: a path from the input to the output avoids it. For
     a network that puts out a map, `context` is the share of what a voxel of the map sees that is
     gathered behind the layer, and `pointwise` says that behind it each cell only sees itself.
+    `weighted`: the part of the work that is convolutions and matrix products; `logits`: none of it
+    comes behind the layer, which has a channel per score, so they are its sums or means.
     """
 
     name: str
@@ -61,6 +63,8 @@ class LayerInfo:
     past: bool = False
     context: float = 1.0
     pointwise: bool = False
+    weighted: float = 0.0
+    logits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ class _Follow(TorchDispatchMode):
         self.places: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.flow = Flow()
         self.flops = 0.0
+        self.weighted = 0.0
 
     def begin(self, x: torch.Tensor) -> None:
         """The network's input."""
@@ -118,7 +123,9 @@ class _Follow(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            work = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            self.flops += work
+            self.weighted += work
         else:  # an operation per value put out
             self.flops += sum(t.numel() for t in _tensors(out))
         known = [(t, self.places[t]) for t in _tensors(args) if t in self.places]
@@ -222,6 +229,7 @@ class _Recorder:
                 tuple(out.shape[1:]),
                 lattice(self.mode.places.get(out)),
                 self.mode.flops,
+                weighted=self.mode.weighted,
             )
             self.layers.append(info)
             self.last[name] = out
@@ -299,7 +307,10 @@ def _run(net: torch.nn.Module, what: tuple[torch.Tensor, Callable[[], Any]], pla
             handle.remove()
     output = _scores(out, place)
     counts = Counter(info.name for info in recorder.layers)
-    paths = _Paths.of(recorder.mode.flow, out if output is None else output, x)
+    weighted = recorder.mode.weighted
+    ours = [replace(i, logits=_are_logits(i, output, weighted)) for i in recorder.layers]
+    end = _map_of(ours, recorder, out if output is None else output)
+    paths = _Paths.of(recorder.mode.flow, end, x)
     layers = tuple(
         replace(
             info,
@@ -310,9 +321,24 @@ def _run(net: torch.nn.Module, what: tuple[torch.Tensor, Callable[[], Any]], pla
             context=paths.context(recorder.values[info.name]),
             pointwise=paths.pointwise(recorder.values[info.name], info.shape),
         )
-        for info in recorder.layers
+        for info in ours
     )
     return Trace(layers, recorder.mode.flops, recorder.consumers.norms)
+
+
+def _are_logits(info: LayerInfo, output: torch.Tensor | None, weighted: float) -> bool:
+    """Whether a row of scores is made of a layer's channels without any weights."""
+    row = output is not None and output.ndim == 2 and output.shape[1] == info.shape[0]
+    return row and info.weighted == weighted and max(info.shape[1:]) > 1
+
+
+def _map_of(infos: Sequence[LayerInfo], recorder: _Recorder, out: Any) -> Any:
+    """The map whose region the scores are read from; the output itself where there is none.
+
+    A map of logits with a cell per voxel of the input, which the network sums over a region.
+    """
+    fine = [i for i in infos if i.logits and i.lattice is not None and set(i.lattice.jump) == {1.0}]
+    return recorder.last[fine[0].name] if fine else out
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,8 @@ def check_places(info: LayerInfo | None, path: str) -> LayerInfo:
 
 
 def _usable(info: LayerInfo) -> bool:
-    return not info.is_output and info.runs == 1 and min(info.shape[1:]) > 1
+    wanted = not info.is_output and not info.logits
+    return wanted and info.runs == 1 and min(info.shape[1:]) > 1
 
 
 def check_logits(

@@ -336,3 +336,52 @@ def test_the_author_s_layers_are_kept_but_for_those_that_say_nothing() -> None:
         assert [i.name for i in candidates(model, _traced(net))] == wanted, own
     model = Model(net, InputSpec(), aliases={"a": deep, "b": first})
     assert passed_over(model, _traced(net)) == [(deep, "not a cut")]
+
+
+# ------------------------------------------------------- maps of logits behind a row of scores
+
+
+class Boxed(nn.Module):
+    """The logits of a segmentation network summed over a box: a row of scores."""
+
+    def __init__(self, *, pointwise: bool = True) -> None:
+        super().__init__()
+        self.first, self.mixed = nets.conv(1, 6), nn.Sequential(nets.conv(6, 8), nn.ReLU())
+        self.wide = nn.Sequential(nets.conv(8, 8), nn.ReLU())
+        self.last = nn.Conv3d(8, 3, 1) if pointwise else nets.conv(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.last(self.wide(self.mixed(torch.relu(self.first(x)))))
+        return torch.as_tensor(logits[:, :, 4:12, 4:12, 4:12].flatten(2).sum(-1))
+
+
+@pytest.mark.parametrize("pointwise", [True, False])
+def test_logits_that_are_summed_over_a_box_are_no_layer(*, pointwise: bool) -> None:
+    net = nets.made(lambda: Boxed(pointwise=pointwise))
+    found = trace(net, (1, 16, 16, 16))
+    assert {i.name for i in found.layers if i.logits} == {"last"}
+    wide = found.find("wide")
+    assert wide is not None
+    assert wide.pointwise is pointwise
+    made = mg.explain(nets.volume(), net, target=1)
+    assert made.layer not in ("last", "wide" if pointwise else "last")
+
+
+def test_a_coarse_map_of_logits_is_no_layer_but_what_it_is_made_of_is() -> None:
+    """Class activation maps: a map per class, averaged."""
+    net = nets.made(
+        lambda: nn.Sequential(
+            nets.conv(1, 6, 2), nn.ReLU(), nets.conv(6, 8, 2), nn.ReLU(), nn.Conv3d(8, 3, 1),
+            nn.AdaptiveAvgPool3d(1), nn.Flatten(),
+        )
+    )  # fmt: skip
+    found = trace(net, (1, 16, 16, 16))
+    assert [i.name for i in found.layers if i.logits] == ["4"]
+    names = [i.name for i in layers.candidates(mg.Model(net, InputSpec(channels=1)), found)]
+    assert names[0] in ("2", "3")
+    assert "4" not in names
+
+
+def test_as_many_channels_as_scores_are_no_logits_where_weights_follow() -> None:
+    net = nets.made(lambda: nets.Body(nets.Pooled(3, 3), channels=3))
+    assert not any(i.logits for i in trace(net, (1, 16, 16, 16)).layers)
