@@ -91,6 +91,8 @@ def measured(net: Net, rounds: int) -> dict[str, Any]:
 
     plain()
     calls, found, errors = variants(net, built), {}, {}
+    if not rounds:
+        calls = {name: call for name, call in calls.items() if "fast" not in name}
     for name, call in list(calls.items()):
         try:
             _, found[name] = call()  # warm: what is looked up once per network is known then
@@ -103,20 +105,19 @@ def measured(net: Net, rounds: int) -> dict[str, Any]:
         for name, call in calls.items():
             spent, found[name] = call()
             seconds[name].append(spent)
-    rows: dict[str, Any] = {"plain_s": median(seconds["plain"])}
+    rows: dict[str, Any] = {"plain_s": median(seconds["plain"]) if rounds else None}
     for name in calls:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
-        rows[name] = {
-            "forwards": found[name].cost_in_forwards,
-            "ratio": median(ratios),
-            "layer": found[name].layer,
-        }
+        rows[name] = {"forwards": found[name].cost_in_forwards, "layer": found[name].layer}
+        if rounds:
+            ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
+            rows[name]["ratio"] = median(ratios)
     return rows | {name: {"error": text} for name, text in errors.items()}
 
 
 def text(results: dict[str, Any], about: dict[str, Any], rounds: int) -> str:
     """The table as Markdown."""
-    names = ["found", "named", "known", "quick", "found, fast", "known, fast"]
+    names = ["found", "named", "known", "quick"]
+    names += ["found, fast", "known, fast"] if rounds else []
     rows = []
     for net, row in results.items():
         cells = []
@@ -125,12 +126,15 @@ def text(results: dict[str, Any], about: dict[str, Any], rounds: int) -> str:
             if "error" in cell:
                 cells.append("refused")
                 continue
-            cells.append(f"{cell['forwards']:.1f} (x{cell['ratio']:.1f})")
-        rows.append([net, f"{row['plain_s']:.2f} s", *cells, row["found"].get("layer", "-")])
-    head = ["network", "plain", *names, "layer found"]
+            time_ = f" (x{cell['ratio']:.1f})" if rounds else ""
+            cells.append(f"{cell['forwards']:.1f}{time_}")
+        plain = [f"{row['plain_s']:.2f} s"] if rounds else []
+        rows.append([net, *plain, *cells, row["found"].get("layer", "-")])
+    head = ["network", *(["plain"] if rounds else []), *names, "layer found"]
+    what = f"{rounds} rounds, forwards (time, ratio to plain inference)" if rounds else "forwards"
     line = (
         f"{about['cpu']}, {about['threads']} threads, torch {torch.__version__}; input {SIDE}^3, "
-        f"{rounds} rounds, forwards (time, ratio to plain inference)."
+        f"{what}."
     )
     return f"{line}\n\n{table(head, rows)}"
 
@@ -139,7 +143,7 @@ def main() -> None:
     """Measure, then write or print."""
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     options.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS), metavar="NET")
-    options.add_argument("--rounds", type=int, default=ROUNDS)
+    options.add_argument("--rounds", type=int, default=ROUNDS, help="0: forwards only")
     options.add_argument("--print", action="store_true", help="print the table, write nothing")
     given = options.parse_args()
     about = machine(torch.get_num_threads())
