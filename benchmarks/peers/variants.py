@@ -18,6 +18,7 @@ from benchmarks.peers.adapters import GRADCAM, Call
 from benchmarks.peers.nets import OUTPUTS, SEGMENTATION, TARGET, Net
 
 PLAIN = "plain inference"
+SMALL = (64, 64, 64)  # for the paths of a network, which do not depend on its input's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,10 @@ def _relative(method: str) -> Callable[[torch.nn.Module, str], Call]:
 
         module = _plugins.load("methods", method)
 
+        cuts = trace(net, (1, *SMALL)).cuts([layer])
+
         def call(x: torch.Tensor) -> Any:
             with at_rest(net):
-                cuts = trace(net, x.shape[1:]).cuts([layer])
                 here = record(net, [layer], x, cuts)
                 there = record(net, [layer], torch.zeros_like(x), [layer])
                 found = captures(here, _score, there)[layer]
@@ -106,13 +108,14 @@ def _known(method: str) -> Callable[[torch.nn.Module, str], Call]:
         from med_gradcam.tail import Recorded, at_rest, record
 
         module = _plugins.load("methods", method)
+        cuts = trace(net, (1, *SMALL)).cuts([layer])
         kept: list[Recorded] = []
 
         def call(x: torch.Tensor) -> Any:
             with at_rest(net):
-                if not kept:
+                if not kept or kept[0].tails[layer].x.shape != x.shape:
+                    kept.clear()
                     kept.append(record(net, [layer], torch.zeros_like(x), [layer]))
-                cuts = trace(net, x.shape[1:]).cuts([layer])
                 found = captures(record(net, [layer], x, cuts), _score, kept[0])[layer]
                 return module.evidence(found, Bound(float("inf"), 0.0)).values
 
