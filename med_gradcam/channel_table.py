@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from med_gradcam.channels import Channel, Concepts, Others, Place
+from med_gradcam.record import heading
 
 FORMAT = "med-gradcam-concepts/1"
 
@@ -27,14 +28,7 @@ def as_record(found: Concepts) -> dict[str, Any]:
 
     return {
         "format": FORMAT,
-        "target": e.target.label,
-        "unit": e.unit,
-        "score": e.score,
-        "reference_score": e.reference_score,
-        "reference": {"kind": e.reference.kind, "words": e.reference.words},
-        "method": e.method,
-        "layer": e.layer,
-        "cell_mm": list(e.cell_mm),
+        **heading(e),
         "channels": [
             {"index": c.index, **sums(c), "places": [place(p) for p in c.places]}
             for c in found.channels

@@ -30,7 +30,7 @@ from med_gradcam.tail import INPUT, Memory, Score, Tail, record, stand_in
 PROMISE = 1e-4  # how far a map may be from the plain one, as a share of its peak
 CLOSE = 2e-5  # how far a HiResCAM map may be: room for methods that magnify what is off
 KEPT = 4  # parts remembered per network; each holds a copy of the weights
-BUILDING = 9.0  # what building a part costs, in forwards: two traces, four runs of two kinds
+BUILDING = 10.0  # what building a part costs, in forwards: two traces, eight runs
 
 Run = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 # Each with the kinds of maps that were found equal.

@@ -85,6 +85,13 @@ def explain_inputs(
         UsageError: fewer than two scans, not one layer for each, a layer of another input's branch.
         ModelError: no torch module. Otherwise as explain().
     """
+    if not isinstance(images, (Mapping, list, tuple)):
+        raise UsageError(f"expected a list of scans, or a dict, got {type(images).__name__}.")
+    if not isinstance(reference, (str, Volume, list, tuple)):
+        raise UsageError(
+            f"expected a reference of auto, tissue, zero, value:X, a Volume or one for each scan, "
+            f"got {type(reference).__name__}."
+        )
     names = list(images) if isinstance(images, Mapping) else []
     scans = list(images.values()) if isinstance(images, Mapping) else list(images)
     if len(scans) < 2 or isinstance(layers, str) or len(layers) != len(scans):
@@ -102,7 +109,7 @@ def explain_inputs(
     affine = settings.pop("affine", None)
     volume, counts = _stacked(scans, net, affine)
     if not isinstance(reference, (str, Volume)):
-        reference = _stacked(list(reference), net, affine)[0]  # type: ignore[call-overload]
+        reference = _stacked(list(reference), net, affine)[0]
     wish = "+".join(f"net.{layer}" for layer in layers)
     given = {**settings, "layer": wish, "reference": reference}
     with opened(volume, _Joined(net, counts, names), given) as case:

@@ -66,6 +66,20 @@ def to_record(explanation: Explanation, maps: Maps | None = None) -> dict[str, A
     }
 
 
+def heading(e: Explanation) -> dict[str, Any]:
+    """What a table that belongs to an explanation says of it first."""
+    return {
+        "target": e.target.label,
+        "unit": e.unit,
+        "score": e.score,
+        "reference_score": e.reference_score,
+        "reference": {"kind": e.reference.kind, "words": e.reference.words},
+        "method": e.method,
+        "layer": e.layer,
+        "cell_mm": list(e.cell_mm),
+    }
+
+
 def to_json(record: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     """UTF-8 JSON text without NaN."""
     return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from med_gradcam.record import heading
 from med_gradcam.regions import RegionValue, RegionValues
 
 FORMAT = "med-gradcam-regions/1"
@@ -28,14 +29,7 @@ def as_record(found: RegionValues) -> dict[str, Any]:
 
     return {
         "format": FORMAT,
-        "target": e.target.label,
-        "unit": e.unit,
-        "score": e.score,
-        "reference_score": e.reference_score,
-        "reference": {"kind": e.reference.kind, "words": e.reference.words},
-        "method": e.method,
-        "layer": e.layer,
-        "cell_mm": list(e.cell_mm),
+        **heading(e),
         "regions": [row(one) for one in found.regions],
         "elsewhere": row(found.elsewhere),
         "start_score": found.start_score,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,20 @@ def silu_mlp() -> nn.Module:
 def max_pooled() -> nn.Module:
     pooled = nn.Sequential(nn.MaxPool3d(2), conv(6, 8), nn.ReLU(), nn.MaxPool3d(2))
     return Body(nn.Sequential(pooled, nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2)))
+
+
+def remixed() -> tuple[nn.Module, nn.Module]:
+    """A convolution straight before mean + linear, and the same with its channels remixed."""
+    torch.manual_seed(2)
+    net = nn.Sequential(conv(1, 6, 2), Pooled()).double().eval()
+    other = copy.deepcopy(net)
+    mix = torch.randn(6, 6, dtype=torch.float64) + 2 * torch.eye(6, dtype=torch.float64)
+    stem, bias = weight(other, "0"), weight(other, "0", "bias")
+    stem.copy_(torch.einsum("ab,bcxyz->acxyz", mix, stem.clone()))
+    bias.copy_(mix @ bias)
+    head = weight(other, "1.head")
+    head.copy_(head @ torch.linalg.inv(mix))
+    return net, other
 
 
 TAILS: dict[str, Callable[[], nn.Module]] = {

@@ -17,14 +17,13 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import med_gradcam as mg
 from med_gradcam import capture, engine, tail
 from med_gradcam.errors import CannotExplainError
 from med_gradcam.model import InputSpec, Model
 from tests.engine import architectures, nets
+from tests.engine.work import counted
 
 METHODS = ("secant", "integrated", "hirescam", "gradcam")
 Values = npt.NDArray[np.float64]
@@ -496,26 +495,6 @@ def test_a_reference_of_the_user_s_is_taken_as_it_is() -> None:
 # ------------------------------------------------------- what it costs
 
 
-class _Flops(TorchDispatchMode):
-    """Multiply-adds as torch counts them; its own counter stops gradients towards an input."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.found += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def _work(call: Callable[[], Any]) -> tuple[Any, float]:
-    with _Flops() as counter:
-        made = call()
-    return made, counter.found
-
-
 @pytest.mark.parametrize(
     ("name", "layer"),
     [("DenseNet121", "features.denseblock2"), ("resnet18", "layer3"), ("SEResNet50", "layer3")],
@@ -524,9 +503,9 @@ def test_the_default_explanation_costs_what_it_says_and_little(name: str, layer:
     net, scan = copy.deepcopy(architectures.made(name)), nets.volume(32)
     x = nets.batch(nets.scan(32))
     with torch.no_grad():
-        _, forward = _work(lambda: net(x))
+        _, forward = counted(lambda: net(x))
     for settings, most in (({"layer": layer}, 6), ({}, 20), ({"quick": True}, 4)):
-        made, work = _work(lambda s=settings: mg.explain(scan, net, target=1, **s))  # type: ignore[misc]
+        made, work = counted(lambda s=settings: mg.explain(scan, net, target=1, **s))  # type: ignore[misc]
         done = work / forward - 1  # less the pass on shapes, which computes nothing
         assert made.method == "secant"
         assert made.status == "complete"
@@ -537,10 +516,10 @@ def test_the_default_explanation_costs_what_it_says_and_little(name: str, layer:
 def test_measured_cells_are_paid_for() -> None:
     net, scan = nets.made(nets.gated), nets.volume()
     plain = mg.explain(scan, net, layer="rest.0", target=1)
-    made, work = _work(
+    made, work = counted(
         lambda: mg.explain(scan, net, layer="rest.0", target=1, alignment="measured")
     )
-    _, forward = _work(lambda: net(nets.batch(nets.scan())))
+    _, forward = counted(lambda: net(nets.batch(nets.scan())))
     assert made.cells.how == "measured"
     assert made.cost_in_forwards > plain.cost_in_forwards + 3
     assert work / forward - 1 == pytest.approx(made.cost_in_forwards, rel=0.15)

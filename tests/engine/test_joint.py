@@ -171,6 +171,8 @@ def test_the_network_comes_back_as_it_was() -> None:
         ([T1, T2], ["first", "second"], {"method": "gradcam"}, "the method 'secant', got 'grad"),
         ([T1, T2], ["first", "second"], {"layer": "first"}, "no layer beside layers"),
         ([T1, T2], ["first", "thrid"], {}, "known layer, got 'net.thrid'"),
+        (3, ["first", "second"], {}, "a list of scans, or a dict, got int"),
+        ([T1, T2], ["first", "second"], {"reference": 3}, "or one for each scan, got int"),
     ],
 )  # fmt: skip
 def test_refusals(images: Any, layers: Any, settings: dict[str, Any], says: str) -> None:

@@ -155,22 +155,8 @@ def test_channels_may_be_renamed() -> None:
     assert np.abs(one - two).max() < 1e-10 * np.abs(one).max()
 
 
-def _linear_pair() -> tuple[nn.Module, nn.Module]:
-    """A convolution straight before mean + linear, and the same with its channels remixed."""
-    torch.manual_seed(2)
-    net = nn.Sequential(nets.conv(1, 6, 2), nets.Pooled()).double().eval()
-    other = copy.deepcopy(net)
-    mix = torch.randn(6, 6, dtype=torch.float64) + 2 * torch.eye(6, dtype=torch.float64)
-    stem, bias = nets.weight(other, "0"), nets.weight(other, "0", "bias")
-    stem.copy_(torch.einsum("ab,bcxyz->acxyz", mix, stem.clone()))
-    bias.copy_(mix @ bias)
-    head = nets.weight(other, "1.head")
-    head.copy_(head @ torch.linalg.inv(mix))
-    return net, other
-
-
 def test_net_evidence_does_not_depend_on_the_basis_of_the_channels() -> None:
-    net, other = _linear_pair()
+    net, other = nets.remixed()
     one, two = _all(net, "0"), _all(other, "0")
     assert np.abs(one - two).max() < 1e-8 * np.abs(one).max()
 

@@ -235,23 +235,9 @@ def test_channels_may_be_renamed(name: str) -> None:
     assert _far(made_map(name, net, score), made_map(name, other, score)) < 1e-10
 
 
-def _remixed() -> tuple[nn.Module, nn.Module]:
-    """A convolution straight before mean + linear, and the same with its channels remixed."""
-    torch.manual_seed(2)
-    net = nn.Sequential(nets.conv(1, 6, 2), nets.Pooled()).double().eval()
-    other = copy.deepcopy(net)
-    mix = torch.randn(6, 6, dtype=torch.float64) + 2 * torch.eye(6, dtype=torch.float64)
-    stem, bias = nets.weight(other, "0"), nets.weight(other, "0", "bias")
-    stem.copy_(torch.einsum("ab,bcxyz->acxyz", mix, stem.clone()))
-    bias.copy_(mix @ bias)
-    head = nets.weight(other, "1.head")
-    head.copy_(head @ torch.linalg.inv(mix))
-    return net, other
-
-
 @pytest.mark.parametrize("name", ["shapleycam", "seg_xres_cam", *VOXELS])
 def test_net_evidence_does_not_depend_on_the_basis_of_the_channels(name: str) -> None:
-    net, other = _remixed()
+    net, other = nets.remixed()
     score = nets.score_of(1)
     assert _far(made_map(name, net, score, "0"), made_map(name, other, score, "0")) < 1e-8
 
@@ -259,7 +245,7 @@ def test_net_evidence_does_not_depend_on_the_basis_of_the_channels(name: str) ->
 @pytest.mark.parametrize("name", ["gradcam_pp", "layercam", "eigencam", "eigengradcam"])
 def test_maps_of_single_channels_do_depend_on_the_basis(name: str) -> None:
     """So does the weight of XGrad-CAM in general; before mean + linear it is the gradient."""
-    net, other = _remixed()
+    net, other = nets.remixed()
     score = nets.score_of(1)
     assert _far(made_map(name, net, score, "0"), made_map(name, other, score, "0")) > 0.01
 

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import med_gradcam as mg
 from med_gradcam import _plugins
 from med_gradcam.explanation import Explanation
 from med_gradcam.graph import trace
 from tests.engine import nets
+from tests.engine.work import counted
 
 NAMES = _plugins.names("methods")
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 SIZE, LAYER = 32, "layer2"
 ROUNDED = 0.011  # the reported number has two decimals
-
-
-class _Flops(TorchDispatchMode):
-    """Multiply-adds as torch counts them; its own counter stops gradients towards an input."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.found += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def _work(call: Callable[[], Any]) -> tuple[Any, float]:
-    with _Flops() as counter:
-        made = call()
-    return made, counter.found
 
 
 @cache
@@ -59,9 +37,11 @@ def _explained(name: str) -> tuple[Explanation, float]:
     """The result, and the multiply-adds really done, in forwards."""
     net, method = resnet18(), _plugins.load("methods", name)
     with torch.no_grad():
-        _, forward = _work(lambda: net(nets.batch(nets.scan(SIZE))))
+        _, forward = counted(lambda: net(nets.batch(nets.scan(SIZE))))
     at = LAYER if method.LEVEL == "layer" or method.BESIDE else "auto"
-    made, work = _work(lambda: mg.explain(nets.volume(SIZE), net, target=1, method=name, layer=at))
+    made, work = counted(
+        lambda: mg.explain(nets.volume(SIZE), net, target=1, method=name, layer=at)
+    )
     return made, work / forward - 1  # less the pass on shapes, which computes nothing
 
 
@@ -159,10 +139,10 @@ def test_fullgrad_counts_the_slopes_of_attention() -> None:
     """They are taken along the scan; those of convolutions are known and cost nothing."""
     net = nets.made(Attention)
     with torch.no_grad():
-        _, forward = _work(lambda: net(nets.batch(nets.scan(24))))
+        _, forward = counted(lambda: net(nets.batch(nets.scan(24))))
 
     def done(name: str) -> tuple[float, float]:
-        made, work = _work(lambda: mg.explain(nets.volume(24), net, target=1, method=name))
+        made, work = counted(lambda: mg.explain(nets.volume(24), net, target=1, method=name))
         return made.cost_in_forwards, work / forward - 1
 
     (said, real), (plain, without) = done("fullgrad"), done("saliency")

@@ -236,24 +236,10 @@ def test_channels_may_be_renamed(method: str) -> None:
     assert far(two, one) < 1e-6
 
 
-def remixed() -> tuple[nn.Module, nn.Module]:
-    """A convolution straight before mean + linear, and the same with its channels remixed."""
-    torch.manual_seed(2)
-    net = nn.Sequential(nets.conv(1, 6, 2), nets.Pooled()).double().eval()
-    other = copy.deepcopy(net)
-    mix = torch.randn(6, 6, dtype=torch.float64) + 2 * torch.eye(6, dtype=torch.float64)
-    stem, bias = nets.weight(other, "0"), nets.weight(other, "0", "bias")
-    stem.copy_(torch.einsum("ab,bcxyz->acxyz", mix, stem.clone()))
-    bias.copy_(mix @ bias)
-    head = nets.weight(other, "1.head")
-    head.copy_(head @ torch.linalg.inv(mix))
-    return net, other
-
-
 @pytest.mark.parametrize("method", ["secant", "integrated", "gradcam", "hirescam"])
 def test_net_evidence_does_not_depend_on_the_basis_of_the_channels(method: str) -> None:
     """P12, and that LayerCAM, which sums what is positive of each channel, does."""
-    net, other = remixed()
+    net, other = nets.remixed()
     one, two = (explained(n, method, "0").evidence for n in (net, other))
     assert far(two, one) < 1e-5
     gross, mixed = (explained(n, "layercam", "0").evidence for n in (net, other))
