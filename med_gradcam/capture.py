@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from med_gradcam import gradient_free
 from med_gradcam.errors import CannotExplainError
 from med_gradcam.explanation import Cells
+from med_gradcam.forms import Form, form_of
 from med_gradcam.secant.pair import Shared
-from med_gradcam.tail import INPUT, Recorded, Score, Tail, no_gradient, slopes
+from med_gradcam.tail import INPUT, Recorded, Score, Tail, as_cells, no_gradient, slopes
 
 # Channel means of the gradient below this share of its mean size are rounding noise: behind an
 # InstanceNorm they are analytically zero (measured: 1e-8 in float32, 1e-17 in float64).
@@ -61,7 +63,13 @@ class Capture:
     @property
     def passed_by(self) -> bool:
         """Whether a path is known to lead past the layer."""
-        return self.shared is not None and self.shared.past[self.layer]
+        return self.shared is not None and self.shared.avoided[self.layer]
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether the layer puts out tokens without a place beside its cells."""
+        form = self.tail.form
+        return form is not None and form.rest is not None
 
     @property
     def input(self) -> torch.Tensor:
@@ -104,8 +112,9 @@ class Capture:
     def input_scores(self, inputs: torch.Tensor) -> torch.Tensor:
         """The target's scores (n,) of other inputs (n, C, I, J, K): whole predictions."""
         self.forwards += float(len(inputs))
+        parts = inputs.split(gradient_free.batch(self.tail.net))
         with torch.no_grad():
-            return torch.cat([self.target(self.tail.net(one[None].clone())) for one in inputs])
+            return torch.cat([self.target(self.tail.net(some.clone())) for some in parts])
 
     def at_input(self, x: torch.Tensor) -> Capture:
         """The capture of another input (1, C, I, J, K) at the same layer, gradient included."""
@@ -146,9 +155,12 @@ def capture_all(
         CannotExplainError: as for `capture`.
     """
     seen: dict[str, torch.Tensor] = {}
+    rests: dict[str, torch.Tensor | None] = {}
     with ExitStack() as hooks, torch.no_grad():
         for layer in layers:
-            hooks.callback(_watched(net, layer, seen).remove)
+            form = form_of(net, layer, x)
+            _check_apart(form, layer, len(x))
+            hooks.callback(_watched(net, layer, form, (seen, rests)).remove)
         output = net(x.clone())  # which may work in place on it
         for layer in layers:
             if layer not in seen:
@@ -167,7 +179,7 @@ def capture_all(
                                 seen[layer].detach()[item],
                                 row[turn],
                                 float(scores[item]),
-                                Tail(net, layer, x[item : item + 1], ()),
+                                _tail(net, layer, x[item : item + 1], (rests.get(layer), item)),
                                 known_gradient=gradients[layer][item],
                             )
                             for layer in layers
@@ -176,23 +188,59 @@ def capture_all(
     return output, found
 
 
-def _watched(net: torch.nn.Module, layer: str, seen: dict[str, torch.Tensor]) -> Any:
+def _check_apart(form: Form | None, layer: str, scans: int) -> None:
+    """Several scans at once must lie one after the other, and nothing mixed in between.
+
+    Raises:
+        CannotExplainError: slices or windows share a dim with the scans, whose order is not known.
+    """
+    if form is not None and form.folded and scans > 1:
+        raise CannotExplainError(
+            "batch",
+            f"expected one scan at a time at the layer {layer!r}, whose output has slices or "
+            f"windows where others have scans, got {scans}; use batch=1.",
+        )
+
+
+def _tail(
+    net: torch.nn.Module, layer: str, x: torch.Tensor, rest: tuple[torch.Tensor | None, int]
+) -> Tail:
+    """A tail without memory for one scan; `rest`: what has no place, of all scans, and its turn."""
+    whole, item = rest
+    form = form_of(net, layer, x)
+    if whole is None or form is None or form.folded:
+        return Tail(net, layer, x, (), rest=whole)
+    return Tail(net, layer, x, (), rest=whole[item : item + 1])
+
+
+def _watched(
+    net: torch.nn.Module,
+    layer: str,
+    form: Form | None,
+    found: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | None]],
+) -> Any:
     """A hook that begins the graph at a layer, or notes the layer within the graph."""
+    seen, rests = found
 
     def reroot(output: Any) -> torch.Tensor:
-        if not isinstance(output, torch.Tensor) or output.ndim != 5 or layer in seen:
+        whole = isinstance(output, torch.Tensor) and (form is not None or output.ndim == 5)
+        if not whole or layer in seen:
             raise CannotExplainError(
                 "logits",
                 f"expected the layer {layer!r} to run once and put out (1, C, i, j, k), "
                 f"it did not; choose another layer.",
             )
         torch.set_grad_enabled(True)  # the surrounding no_grad() takes it back at its end
-        leaf = output
+        leaf = as_cells(output, layer, form)
         if not output.requires_grad:
-            leaf = output.detach()
+            leaf = leaf.detach()
             leaf.requires_grad = True
         seen[layer] = leaf
-        return leaf.clone()  # what follows may work in place
+        if form is None:
+            return leaf.clone()  # what follows may work in place
+        beside = form.beside(output)
+        rests[layer] = None if beside is None else beside.detach()
+        return form.whole(leaf, beside)
 
     if layer == INPUT:
         return net.register_forward_pre_hook(lambda _, inputs: (reroot(inputs[0]), *inputs[1:]))
@@ -283,14 +331,17 @@ def check_signal(capture_: Capture) -> None:
     Raises:
         CannotExplainError: with the reason.
     """
-    for what, tensor in (("activation", capture_.activation), ("gradient", capture_.sensitivity())):
+    seen = [("activation", capture_.activation)]
+    blind = bool(gradient_free.why(capture_.tail.net))
+    seen += [] if blind else [("gradient", capture_.sensitivity())]
+    for what, tensor in seen:
         if not bool(torch.isfinite(tensor).all()):
             raise CannotExplainError(
                 "not finite",
                 f"the {what} of the layer {capture_.layer!r} holds NaN or infinite values for "
                 f"this scan; check the network's weights and the intensity steps.",
             )
-    if capture_.shared is not None:
+    if capture_.shared is not None or blind:
         return  # a score that is that of its reference has none, which is no fault
     if float(capture_.gradient().abs().max()) == 0.0 and not _wakes(capture_):
         raise CannotExplainError("zero gradient", no_gradient(capture_.layer))

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from med_gradcam import _plugins, fast, layers, observe, outcome, reference, targeting
+from med_gradcam import (
+    _plugins,
+    fast,
+    gradient_free,
+    layers,
+    observe,
+    outcome,
+    reference,
+    targeting,
+)
 from med_gradcam.capture import MEAN_WEIGHTS, Capture, check_norm_trap, check_signal
+from med_gradcam.containers.opener import check_same, why_closed
 from med_gradcam.errors import CannotExplainError, UsageError
 from med_gradcam.explanation import Cells, LayerTrial
 from med_gradcam.geometry import Geometry
@@ -20,6 +30,7 @@ from med_gradcam.graph import LayerInfo, Trace, trace
 from med_gradcam.intake import Request
 from med_gradcam.methods import Bound, expected_gradients
 from med_gradcam.model import Model
+from med_gradcam.one_slice import Flat, fitting
 from med_gradcam.outputs import item
 from med_gradcam.placement import place
 from med_gradcam.prepare import Prepared, prepare
@@ -38,6 +49,7 @@ NO_CUT = (
     "--layer @input explains all of it"
 )
 UNREPEATED = "the scan was not run a second time"
+CLOSED = "the network is a program that only runs whole ({}), so its input itself is explained"
 
 
 @dataclass(slots=True, eq=False)
@@ -60,12 +72,24 @@ class Case:
     others: observe.Known | None = None
 
     def __post_init__(self) -> None:
-        self.method_name = self.request.method
+        self._settle()
+        if gradient_free.why(self.model.net) or why_closed(self.model.net):
+            return
+        with network_errors(self.model, self.prepared.raw.shape, MISFIT):
+            net = fitting(self.model.net, self.prepared.raw.shape)
+        if net is not self.model.net:
+            self.model = replace(self.model, net=net)
 
     def begin(self, request: Request) -> None:
         """Forget the last explanation; what is known of the network stays."""
         self.request, self.forwards, self.notes, self.given_up = request, 0.0, [], []
-        self.method, self.method_name = _plugins.load("methods", request.method), request.method
+        self._settle()
+
+    def _settle(self) -> None:
+        """The method that was asked for; what stands in for it where there are no gradients."""
+        self.method_name, said = gradient_free.settled(self.model.net, self.request)
+        self.method = _plugins.load("methods", self.method_name)
+        self.notes += said
 
     # -------------------------------------------------------------------------- the steps
 
@@ -76,12 +100,16 @@ class Case:
     def traced(self) -> tuple[torch.Tensor, Trace]:
         """The network's input (1, C, I, J, K) and its layers for inputs of that size."""
         reference.check_contrast(self.prepared)
-        layers.check_volumetric(self.model.net)
         if self.x is None:
             self.x = self.tensor(self.prepared.network_input())
+        if self.known is None and gradient_free.why(self.model.net):
+            self.known = Trace((), 0.0)  # nothing of it can be seen
         if self.known is None:
             with network_errors(self.model, self.prepared.raw.shape, MISFIT):
-                self.known = trace(self.model.net, self.x.shape[1:], self.request.output)
+                net = self.model.net
+                own = (net.inner, net.image(self.x)) if isinstance(net, Flat) else (net, self.x)
+                self.forwards += check_same(*own)
+                self.known = trace(net, self.x.shape[1:], self.request.output)
         return self.x, self.known
 
     def tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -92,11 +120,21 @@ class Case:
     def named(self) -> list[str]:
         """The layers that the caller named; none for auto, all and fused."""
         wish = self.request.layer
-        return [] if wish in ("auto", "all", "fused") else layers.split(self.model, wish)
+        if wish in ("auto", "all", "fused"):
+            return [INPUT] if why_closed(self.model.net) else []
+        return layers.split(self.model, wish)
 
     def layers(self, traced: Trace) -> list[str]:
         """The module paths of the layers to look at."""
         named = [layers.find_layer(self.model, name)[0] for name in self.named()]
+        if why := why_closed(self.model.net):
+            if named not in ([], [INPUT]):
+                raise CannotExplainError(
+                    "never ran",
+                    f"the layer {named[0]!r} cannot be seen: the network is a program that only "
+                    f"runs whole ({why}); name --layer @input.",
+                )
+            self.notes += [CLOSED.format(why)]
         if self.method.LEVEL == "input":
             if named not in ([], [INPUT]) and not self.method.BESIDE:
                 raise UsageError(
@@ -126,7 +164,7 @@ class Case:
 
     def info(self, traced: Trace, name: str) -> LayerInfo:
         """What is known of a layer; its output has places."""
-        return layers.check_places(traced.find(name), name)
+        return layers.check_places(traced.find(name), name, dict(traced.unplaced).get(name))
 
     def cells(self, name: str) -> Cells:
         """Where the cells of a layer lie."""
@@ -176,6 +214,7 @@ class Case:
         """
         if not self.request.fast:
             return nullcontext()
+        layers.check_fast(self.traced()[1], wanted)
         x = self.traced()[0] if x is None else x
         pick = lambda out: self._pick(item(out, 0, len(x)))  # noqa: E731
         compare = None if whole else fast.Compare(pick, against)

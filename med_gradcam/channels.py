@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from med_gradcam import _plugins
+from med_gradcam import _plugins, gradient_free
 from med_gradcam.capture import Capture
 from med_gradcam.case import Case
 from med_gradcam.errors import UsageError
@@ -256,6 +256,7 @@ def _terms(image: object, model: object, settings: dict[str, Any]) -> tuple[Expl
             f"got {method!r}."
         )
     with opened(image, model, settings) as case:
+        gradient_free.check_gradient(case.model.net, "concepts")
         check_one_layer(case, "concepts")
         explanation, seen = _watched(case)
         if explanation.method != method:  # an operation without a rule: another took over

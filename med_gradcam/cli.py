@@ -10,8 +10,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from med_gradcam import __version__, commands
-from med_gradcam.errors import MedGradcamError
+from med_gradcam import __version__, commands, found_commands, whole_command
+from med_gradcam.errors import MedGradcamError, UsageError
+from med_gradcam.models import _trust as levels
 
 _EPILOG = "exit codes: 0 done, 2 usage, 3 bad file, 4 cannot be explained, 5 no room, 130 stopped"
 
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="no progress")
     commands_ = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _explain(commands_.add_parser("explain", parents=[common], help="explain one scan"))
+    _whole(commands_.add_parser("whole", parents=[common], help="a whole volume by windows"))
     _concepts(
         commands_.add_parser("concepts", parents=[common], help="the channels that speak most")
     )
@@ -39,18 +41,16 @@ def parser() -> argparse.ArgumentParser:
             "doctor", parents=[common], help="which traps of other tools bite on this network"
         )
     )
+    for name, what in (
+        ("components", "the predicted parts of a segmentation network, each a target"),
+        ("boxes", "the boxes of a detector, each a target"),
+    ):
+        _found(commands_.add_parser(name, parents=[common], help=what))
     demo = commands_.add_parser("demo", parents=[common], help="the whole path on sample scans")
     demo.add_argument("--open", action="store_true", help="open the result in napari")
     _output(demo, required=False)
     _runtime(demo)
-    inspect = commands_.add_parser("inspect", parents=[common], help="what a model or a scan is")
-    inspect.add_argument("model", metavar="MODEL", help="model folder, module:function, or a scan")
-    inspect.add_argument(
-        "image", metavar="IMAGE", nargs="*", help="a scan to try it on; one file per channel"
-    )
-    inspect.add_argument("--at", help="centre of the patch, as in explain")
-    inspect.add_argument("--all", action="store_true", help="all layers, not only the candidates")
-    inspect.add_argument("--trust", action="append", default=[], choices=["code"])
+    _inspect(commands_.add_parser("inspect", parents=[common], help="what a model or a scan is"))
     for name, what in (
         ("methods", "the methods, one line each"),
         ("models", "the model formats, one line each"),
@@ -60,10 +60,32 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _inspect(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    add("model", metavar="MODEL", help="model folder or file, module:function, or a scan")
+    add("image", metavar="IMAGE", nargs="*", help="a scan to try it on; one file per channel")
+    add("--at", help="centre of the patch, as in explain")
+    _reading(sub)
+    add("--all", action="store_true", help="all layers, not only the candidates")
+    _trust(sub)
+
+
 def _explain(sub: argparse.ArgumentParser) -> None:
     _question(sub)
     add = sub.add_argument
     add("--formats", help="nifti,png,dicom (default: nifti,png; and dicom for a DICOM scan)")
+    add("--identified", action="store_true", help="allow the patient's identity in the outputs")
+    add("--mirrors", metavar="AXES", help="mean over mirror images along 0,1,2, as nnU-Net does")
+    add("--each-time", action="store_true", help="each volume of a 4D file, or each IMAGE, alone")
+    _output(sub, required=True)
+    _runtime(sub)
+
+
+def _whole(sub: argparse.ArgumentParser) -> None:
+    _question(sub, patch=False)
+    whole_command.add_options(sub)
+    add = sub.add_argument
+    add("--formats", help="as in explain")
     add("--identified", action="store_true", help="allow the patient's identity in the outputs")
     _output(sub, required=True)
     _runtime(sub)
@@ -82,31 +104,61 @@ def _regions(sub: argparse.ArgumentParser) -> None:
     _runtime(sub)
 
 
+def _found(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    add("image", metavar="IMAGE", nargs="+", help="NIfTI file or DICOM folder; one per channel")
+    add("--model", required=True, help="model folder or file, or module:function")
+    add("--target", default="auto", metavar="CLASS", help="a class (default: all, no background)")
+    add("--model-output", default="", metavar="PATH", help="as in explain")
+    add("--at", help="centre of the patch, as in explain")
+    add("--most", type=int, default=20, help="rows to list (default: 20)")
+    _trust(sub)
+    _reading(sub)
+    _runtime(sub)
+
+
+def _reading(sub: argparse.ArgumentParser) -> None:
+    """How the files become a scan."""
+    sub.add_argument("--time", type=int, metavar="N", help="the volume of a 4D file, from 1")
+    sub.add_argument(
+        "--resample-to-first",
+        dest="resample",
+        action="store_true",
+        help="bring the channels to the grid of the first (linear)",
+    )
+    sub.add_argument(
+        "--accept-drift",
+        action="store_true",
+        help="go on where the model's own preprocessing would give another input",
+    )
+
+
 def _doctor(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument
-    add("model", metavar="MODEL", help="model folder, or module:function with --trust code")
+    add("model", metavar="MODEL", help="model folder or file, or module:function")
     add("image", metavar="IMAGE", nargs="+", help="the scan to try it on; one file per channel")
     add("--target", default="auto", metavar="CLASS", help="as in explain")
     add("--model-output", default="", metavar="PATH", help="as in explain")
     add("--layer", default="auto", help="the layer of your maps (default: the coarsest one)")
     add("--reference", default="auto", help="as in explain")
     add("--at", help="centre of the patch, as in explain")
-    add("--trust", action="append", default=[], choices=["code"])
+    _trust(sub)
+    _reading(sub)
     _runtime(sub)
 
 
-def _question(sub: argparse.ArgumentParser) -> None:
-    """What is asked of which model for which scan."""
+def _question(sub: argparse.ArgumentParser, *, patch: bool = True) -> None:
+    """What is asked of which model for which scan; `patch`: of one patch of it."""
     add = sub.add_argument
     add("image", metavar="IMAGE", nargs="+", help="NIfTI file or DICOM folder; one per channel")
-    add("--model", required=True, help="model folder, or module:function with --trust code")
+    add("--model", required=True, help="model folder or file, or module:function")
     add(
         "--target",
         default="auto",
         metavar="CLASS",
         help="auto, a label, an index, #3, A-vs-B or A-vs-0.6*B; for a segmentation network also "
         "with a place: CLASS@component:N, CLASS@mask:FILE, CLASS@voxel:ras:X,Y,Z, "
-        "CLASS@box:ras:X,Y,Z:SIZE_MM",
+        "CLASS@box:ras:X,Y,Z:SIZE_MM; for a detector box:N",
     )
     add(
         "--model-output",
@@ -125,14 +177,34 @@ def _question(sub: argparse.ArgumentParser) -> None:
     add(
         "--reference", default="auto", help="auto, tissue, zero, value:X or a scan on the same grid"
     )
-    add("--at", help="centre of the patch: ras:X,Y,Z, lps:X,Y,Z (mm) or ijk:I,J,K (voxels)")
+    if patch:
+        add("--at", help="centre of the patch: ras:X,Y,Z, lps:X,Y,Z (mm) or ijk:I,J,K (voxels)")
+        add("--fast", action="store_true", help="all before the layers fused: for many runs")
     add("--precise", action="store_true", help="sums within 1 %% instead of 5 %%")
     add("--quick", action="store_true", help="coarsest layer, untested, no second run: 2 forwards")
-    add("--fast", action="store_true", help="all before the layers fused: pays where runs are many")
     add("--alignment", default="nominal", choices=["nominal", "measured"], help="of the cells")
-    add(
-        "--trust", action="append", default=[], choices=["code"], help="allow the model to run code"
+    _reading(sub)
+    _trust(sub)
+
+
+def _trust(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        type=_level,
+        metavar="LEVEL",
+        help="data (default: nothing of the model runs), archive (TorchScript), code, code:SHA256 "
+        "(this very file) or network (send the scan to a server)",
     )
+
+
+def _level(text: str) -> str:
+    try:
+        levels.agreed(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _output(sub: argparse.ArgumentParser, *, required: bool) -> None:
@@ -151,6 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         with terminated_is_stopped():
+            if whole_command.takes(args):
+                return whole_command.run(args)
+            if found_commands.takes(args):
+                return found_commands.run(args)
             return commands.run(args)
     except BrokenPipeError:
         return 0

@@ -50,13 +50,13 @@ def tell(text: str) -> None:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from med_gradcam import delivery, loading
+    from med_gradcam import delivery, ensemble, loading
 
     delivery.check_output(Path(args.output), overwrite=args.overwrite)
     if args.formats is not None:  # a wrong name costs no prediction
         delivery.check_names(args.formats)
-    model = loading.load_model(args.model, args.trust)
-    volume = loading.read(args.image)
+    model = ensemble.mirrored(loading.load_model(args.model, args.trust), args.mirrors)
+    volume = loading.read_for(args.image, model, time=args.time, resample=args.resample)
     if args.formats is not None:
         delivery.check_formats(args.formats, volume)
     _tell_point(volume, args.at)
@@ -128,6 +128,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "precise": getattr(args, "precise", False),
         "quick": getattr(args, "quick", False),
         "fast": getattr(args, "fast", False),
+        "accept_drift": getattr(args, "accept_drift", False),
         "alignment": getattr(args, "alignment", "nominal"),
         "device": _device(args.device),
         "threads": args.threads,
@@ -274,6 +275,8 @@ def progress_bar(*, quiet: bool) -> Iterator[Progress]:
         def show(step: Step) -> None:
             if step.done >= 0:
                 bar.update(task, total=step.total, completed=step.done, description=step.what)
+            elif step.what:
+                bar.update(task, description=step.what)
 
         yield show
 
@@ -289,7 +292,7 @@ def _concepts(args: argparse.Namespace) -> int:
     from med_gradcam import channel_table, channels, loading
 
     model = loading.load_model(args.model, args.trust)
-    volume = loading.read(args.image)
+    volume = loading.read_for(args.image, model, time=args.time, resample=args.resample)
     _tell_point(volume, args.at)
     with progress_bar(quiet=args.quiet) as progress:
         found = channels.concepts(
@@ -306,7 +309,7 @@ def _regions(args: argparse.Namespace) -> int:
     from med_gradcam import loading, region_table, regions
 
     model = loading.load_model(args.model, args.trust)
-    volume = loading.read(args.image)
+    volume = loading.read_for(args.image, model, time=args.time, resample=args.resample)
     wish = "components" if args.labels is None else loading.read(args.labels)
     _tell_point(volume, args.at)
     with progress_bar(quiet=args.quiet) as progress:
@@ -323,7 +326,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from med_gradcam.checkup import report
 
     model = loading.load_model(args.model, args.trust)
-    volume = loading.read(args.image)
+    volume = loading.read_for(args.image, model, time=args.time, resample=args.resample)
     _tell_point(volume, args.at)
     given = settings(args)
     given.pop("method")
@@ -363,11 +366,13 @@ def _inspect(args: argparse.Namespace) -> int:
         model = loading.load_model(args.model, args.trust)
     except ModelError:
         there = Path(args.model)
-        if args.image or not there.exists() or (there / "spec.json").exists():
+        if args.image or not there.exists() or loading.model_format(args.model) is not None:
             raise  # it was meant as a model
-        report = inspection.of_scan(loading.read(args.model))
+        report = inspection.of_scan(loading.read(args.model, time=args.time))
     else:
-        scan = loading.read(args.image) if args.image else None
+        scan = None
+        if args.image:
+            scan = loading.read_for(args.image, model, time=args.time, resample=args.resample)
         if scan is None and args.at is not None:
             raise UsageError("expected an IMAGE with --at: inspect MODEL IMAGE --at POINT.")
         report = inspection.inspect(model, scan, args.at, every=args.all)

@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from med_gradcam import _plugins
@@ -97,6 +98,9 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise _resource(error, folder) from error
 
 
+_OURS = ("explanation.json", "demo.json", "series.json", LAYERS)
+
+
 def _check_ours(folder: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise OutputExistsError(
@@ -104,8 +108,7 @@ def _check_ours(folder: Path, *, overwrite: bool) -> None:
             f"--overwrite to replace it whole."
         )
     ours = folder.is_dir() and (
-        any((folder / name).is_file() for name in ("explanation.json", "demo.json", LAYERS))
-        or not any(folder.iterdir())
+        any((folder / name).is_file() for name in _OURS) or not any(folder.iterdir())
     )
     if not ours:
         raise OutputExistsError(
@@ -122,13 +125,14 @@ def write(  # noqa: PLR0913 - the door out, as explain() is the door in
     formats: str | Sequence[str] = ("nifti", "png"),
     overwrite: bool = False,
     identified: bool = False,
+    beside: Mapping[str, str] = MappingProxyType({}),
     progress: Progress = silent,
 ) -> Path:
     """Write the maps of an explanation into a new folder, all files or none; returns the folder.
 
     `volume`: the scan, drawn under the pictures and needed for DICOM. `formats`: nifti, png, dicom,
     in a list or as "nifti,png"; explanation.json is always written. Without `identified` no name,
-    id, path or file name of the source goes into any file.
+    id, path or file name of the source goes into any file. `beside`: texts of more files, by name.
 
     Raises:
         UsageError: unknown formats, or a folder that exists.
@@ -141,6 +145,8 @@ def write(  # noqa: PLR0913 - the door out, as explain() is the door in
         scan = None if volume is None else taken_as(volume, explanation.modality)
         bundle = Bundle(explanation, draw(explanation), scan, identified)
         _fill(partial, bundle, wished, progress)
+        for name, text in beside.items():
+            (partial / name).write_text(text, encoding="utf-8")
     return folder
 
 

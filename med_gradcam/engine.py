@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from med_gradcam import _plugins, extras, many, targeting
+from med_gradcam import _plugins, detection, drift, extras, gradient_free, many, members, targeting
+from med_gradcam.capture import outputs
 from med_gradcam.case import Case
 from med_gradcam.errors import UnknownNameError, UsageError
 from med_gradcam.explaining import explained
@@ -47,6 +48,7 @@ def explain(  # noqa: PLR0913 - the one door; each setting is a key of the JSON
     quick: bool = False,
     alignment: Literal["nominal", "measured"] = "nominal",
     fast: bool = False,
+    accept_drift: bool = False,
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -57,18 +59,19 @@ def explain(  # noqa: PLR0913 - the one door; each setting is a key of the JSON
 ) -> Explanation:
     """Signed evidence per cell of one layer for one scan; for = raises the score, against = lowers.
 
-    `image`: a Volume, or a bare array or tensor (I, J, K), (C, I, J, K) or (1, C, I, J, K) with an
-    optional `affine` (index -> RAS+ mm; voxels of 1 mm otherwise). `model`: a Model or a bare torch
-    module (`link` softmax, sigmoid or none says what its outputs mean). `target`: "auto", a label,
-    an index, "A-vs-B" or "A-vs-0.6*B", for maps with a place ("A@component:1", "A@voxel:ras:X,Y,Z",
-    "A@box:ras:X,Y,Z:MM", "A@mask:FILE" or the pair ("A", mask)); or a function of the raw output.
-    `output`: where in it the scores are, such as "logits" or "[0]"; "": its first tensor. `layer`:
-    "auto", a module path, an alias, "@input" (the voxels themselves) or, for secant, "a+b+c", a cut
-    whose maps are added; `at`: the centre of the patch; `precise`: integrals within 1 % instead of
-    5 %; `quick`: the coarsest layer, untested, in about two forwards; `alignment`: "nominal" cells
-    as the network is built, or "measured" by what they see; `fast`: what comes before the layers
-    fused and checked once; `inputs`: what else the network takes, by name, or a tuple with ...
-    where the scan goes. The model comes back bit for bit as it was.
+    `image`: a Volume, or a bare array or tensor (I, J), (I, J, K), (C, I, J, K) or (1, C, I, J, K)
+    with an optional `affine` (index -> RAS+ mm; else 1 mm). `model`: a Model or any torch network
+    (`link` softmax, sigmoid or none says what its outputs mean). `target`: "auto", a label, an
+    index, "A-vs-B", for maps with a place ("A@component:1", "A@voxel:ras:X,Y,Z", "A@mask:FILE" or
+    the pair ("A", mask)), for detectors "box:1"; or a function of the raw output. `output`: where
+    in it the scores are, such as "logits" or "[0]"; "": its first tensor. `layer`: "auto", a module
+    path, an alias, "@input" (the voxels themselves) or, for secant, "a+b+c", a cut whose maps are
+    added; `at`: the centre of the patch; `precise`: integrals within 1 % instead of 5 %; `quick`:
+    the coarsest layer, untested, in about two forwards; `alignment`: "nominal" cells as the network
+    is built, or "measured" by what they see; `fast`: what comes before the layers fused and checked
+    once; `accept_drift`: go on where the model's own preprocessing would give another input;
+    `inputs`: what else the network takes, by name, or a tuple with ... where the scan goes. The
+    model comes back bit for bit as it was.
 
     Raises:
         UsageError, ImageError, ModelError: a setting that is none; scan and network do not fit.
@@ -76,13 +79,17 @@ def explain(  # noqa: PLR0913 - the one door; each setting is a key of the JSON
         ResourceError, Cancelled: out of memory; `progress` raised it.
     """
     request = Request(
-        targeting.asked(target), str(layer), method, reference, at, precise, device, threads, seed,
-        progress, output, quick, alignment, fast,
+        targeting.asked(target), _one(layer), method, reference, at, precise, device, threads, seed,
+        progress, output, quick, alignment, fast, accept_drift,
     )  # fmt: skip
-    if request.layer == "all":
-        raise UsageError("expected one layer, or explain_many(..., layer='all') for all of them.")
     with prepared_cases([image], model, request, (affine, link, extras.check(inputs))) as (case,):
-        return explained(case)
+        return _explained(case)
+
+
+def _one(layer: object) -> str:
+    if layer == "all":
+        raise UsageError("expected one layer, or explain_many(..., layer='all') for all of them.")
+    return str(layer)
 
 
 def explain_many(
@@ -151,12 +158,18 @@ def _some(
         for case in cases:
             case.others = known
         module = cases[0].method
-        tested = layer in ("auto", "fused")  # by each target of its own
+        # By each target of its own; members have shares of their own.
+        tested = layer in ("auto", "fused") or members.is_one(cases[0])
         if not module.USES_REFERENCE and module.LEVEL == "layer" and not tested:
             many.check_one_size(cases)
             return many.from_one_forward(cases, wanted)
         shared = hasattr(module, "INSTEAD") and not tested and (wanted is None or len(wanted) > 1)
         return [one for case in cases for one in _one_scan(case, wanted, shared=shared)]
+
+
+def _explained(case: Case) -> Explanation:
+    """One case as that of one network, or of the mean of several."""
+    return members.explained(case) if members.is_one(case) else explained(case)
 
 
 def _one_scan(case: Case, wanted: list[Asked] | None, *, shared: bool) -> list[Explanation]:
@@ -168,7 +181,7 @@ def _one_scan(case: Case, wanted: list[Asked] | None, *, shared: bool) -> list[E
     made = []
     for one in many.all_outputs(case) if wanted is None else wanted:
         case.begin(replace(request, target=one))
-        made += many.each(case) if request.layer == "all" else [explained(case)]
+        made += many.each(case) if request.layer == "all" else [_explained(case)]
     return made
 
 
@@ -185,6 +198,8 @@ def prepared_cases(
     model = plain(model)
     with at_rest(model) if isinstance(model, torch.nn.Module) else nullcontext():
         found = as_model(model, images[0], link)  # reads the weights: no other thread at work
+    gradient_free.check_alone(found.net, others)
+    members.check_alone(found.net, others)
     volumes = [as_volume(image, affine, found) for image in images]
     module = _plugins.load("methods", request.method)
     prepared = [prepare(volume, found, request.at) for volume in volumes]
@@ -194,10 +209,27 @@ def prepared_cases(
         eager(found.net),
         request.on_device(found) as where,
         extras.joined(found.net, others, where),
+        gradient_free.remembering(found.net),
         stoppable(found.net, request.progress),
         network_errors(found, prepared[0].raw.shape),
     ):
-        yield [
-            Case(request, volume, found, module, ready, where)
-            for volume, ready in zip(volumes, prepared, strict=True)
+        accept = request.accept_drift
+        cases = [
+            Case(request, v, found, module, drift.checked(found, v, p, accept=accept), where)
+            for v, p in zip(volumes, prepared, strict=True)
         ]
+        for case in cases:
+            if isinstance(found.net, detection.Detector):
+                _find_boxes(case)
+        yield cases
+
+
+def _find_boxes(case: Case) -> None:
+    """Which output of a detector is explained, and so which layers are, follows from its boxes."""
+    wish = case.request.target
+    if wish.function is not None or wish.target is not None:
+        return
+    output = outputs(case.model.net, case.tensor(case.prepared.network_input()))
+    made = targeting.pick(case.request, output, case.model, case.prepared)
+    case.request = replace(case.request, target=Asked("", target=made), output=made.output)
+    case.forwards += 1.0

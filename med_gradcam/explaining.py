@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from med_gradcam import observe, outcome, reference
+from med_gradcam import gradient_free, observe, outcome, reference
 from med_gradcam.capture import Capture, outputs
 from med_gradcam.case import ALONE, UNTESTED, Case
 from med_gradcam.errors import CannotExplainError
@@ -117,7 +117,7 @@ def result(
     choice, refused = tried
     fused = case.request.layer == "fused" and len(chosen) > 1
     layer = "fused: " * fused + " + ".join(c.layer for c in chosen)
-    past = getattr(case.method, "REST", f"flows past the layer {layer!r} (skip connections)")
+    past = getattr(case.method, "REST", outcome.past(first, layer))
     status, bypassed, warnings = outcome.status(first, drawn.total, past, promises=promises)
     notices = outcome.notices(values, first, signed=signed, promises=promises)
     return Explanation(
@@ -180,7 +180,7 @@ def _said(
     refused: Sequence[LayerTrial],
 ) -> list[str]:
     """What must be said beside the numbers."""
-    notes = [*case.notes]
+    notes = [*case.model.notes, *case.notes, *gradient_free.remarks(case.model.net)]
     notes += [choice.note] if choice and choice.note and _matters(first, target, choice) else []
     notes += [n for n in case.prepared.notes if n.startswith(FLAGGED)]
     notes += [f"layer {t.layer!r} was passed over: {t.refused}" for t in refused]

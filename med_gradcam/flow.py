@@ -18,7 +18,8 @@ class Flow:
     """What each value was made of, and by how many voxels its operation looked aside.
 
     `made[n]`: the numbers of the values that value n was made of; `aside[n]`: how much further than
-    they its elements see, in voxels, summed over the three axes.
+    they its elements see, in voxels, summed over the three axes; `picked`: values that are nothing
+    but tokens without a place, picked out of others.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class Flow:
         self.written: dict[StorageWeakRef, int] = {}
         self.made: list[tuple[int, ...]] = []
         self.aside: list[float] = []
+        self.picked: set[int] = set()
 
     def begin(self, x: torch.Tensor) -> None:
         """The network's input."""
@@ -88,6 +90,20 @@ class Flow:
                 for before in self.made[n]:
                     found[before] = max(found.get(before, 0.0), found[n] + self.aside[n])
         return found
+
+    def silent(self, ends: Iterable[int]) -> frozenset[int]:
+        """The values of which the ends read nothing but tokens without a place.
+
+        Behind them no operation looks aside, so that the other tokens do not get into these.
+        """
+        ends = [*ends]
+        read, left = set(ends), [*ends]
+        while left:
+            n = left.pop()
+            fresh = set() if n in self.picked else {*self.made[n]} - read
+            read |= fresh
+            left += fresh
+        return frozenset(n for n, far in self.behind(ends).items() if far == 0 and n not in read)
 
 
 def _common(numbers: Iterable[int], above: Sequence[int]) -> int:

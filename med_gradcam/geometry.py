@@ -137,16 +137,20 @@ class Reorientation:
 
 
 def check_axcodes(axes: str) -> str:
-    """The three letters, one of each pair R/L, A/P, S/I, in upper case.
+    """The three letters, one of each pair R/L, A/P, S/I, in upper case; or the file's own axes.
+
+    These are a permutation of "ijk": "kji" takes them in reverse, as SimpleITK's arrays have them.
 
     Raises:
         GeometryError: they are not such letters.
     """
+    if sorted(axes) == ["i", "j", "k"]:
+        return axes
     pairs = [{"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}.get(c, -1) for c in axes.upper()]
     if sorted(pairs) != [0, 1, 2]:
         raise GeometryError(
-            f"expected axis letters such as 'RAS' or 'SPL' (one of each pair R/L, A/P, S/I), "
-            f"got {axes!r}."
+            f"expected axis letters such as 'RAS' or 'SPL' (one of each pair R/L, A/P, S/I), or "
+            f"'ijk' in any order for the file's own axes, got {axes!r}."
         )
     return axes.upper()
 
@@ -154,6 +158,9 @@ def check_axcodes(axes: str) -> str:
 def reorientation(grid: Geometry, axes: str) -> Reorientation:
     """The axis permutation and flips that bring `grid` closest to `axes`, e.g. "SPL"."""
     wanted, have = check_axcodes(axes), grid.axcodes
+    if wanted.islower():
+        i, j, k = ("ijk".index(axis) for axis in wanted)
+        return Reorientation((i, j, k), (False, False, False))
     opposite = dict(zip("RASLPI", "LPIRAS", strict=True))
     order = tuple(next(i for i, h in enumerate(have) if h in (w, opposite[w])) for w in wanted)
     flip = tuple(have[i] != w for i, w in zip(order, wanted, strict=True))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from med_gradcam import gradient_free
 from med_gradcam.errors import CannotExplainError, ModelError
 from med_gradcam.geometry import point_words
 from med_gradcam.graph import LayerInfo, Trace, trace
 from med_gradcam.intake import as_model, eager
 from med_gradcam.layers import candidates
 from med_gradcam.model import Model
+from med_gradcam.one_slice import fitting
 from med_gradcam.outcome import NORMAL
 from med_gradcam.placement import place
 from med_gradcam.prepare import prepare
@@ -60,7 +63,9 @@ def inspect(
         shape = (spec.channels, *(spec.patch or spec.min_patch or _TRY))
         spacing = spec.spacing_mm or (1.0, 1.0, 1.0)
     with at_rest(model.net), eager(model.net), network_errors(model, shape, MISFIT):
-        traced = trace(model.net, shape)
+        blind = gradient_free.why(model.net)
+        model = model if blind else replace(model, net=fitting(model.net, shape))
+        traced = Trace((), 0.0) if blind else trace(model.net, shape)
         chosen = candidates(model, traced)
         shown = traced.layers if every else chosen
         rows = [_layer(model, info, traced, shape, spacing) for info in shown]
@@ -86,6 +91,7 @@ def inspect(
         "layers": rows,
         "calibrated": sorted({f"{c.target} / {c.method} / {c.layer}" for c in model.calibration}),
         "bound": NORMAL,
+        **({"gradient_free": blind} if blind else {}),
     }
 
 
@@ -127,6 +133,8 @@ def _guard(info: LayerInfo) -> str:
         return "logits"
     if info.runs > 1:
         return "shared layer"
+    if info.silent:
+        return "class token"
     if info.pointwise:
         return "pointwise"
     if info.feeds_norm:
@@ -143,7 +151,11 @@ def as_text(report: Mapping[str, Any]) -> str:
     takes = ", ".join(f"{k} {_plain(v)}" for k, v in report["input"].items())
     tried = "x".join(str(n) for n in report["tried_on"]["shape"])
     mm = "mm" if report["spacing_known"] else "mm at voxels of 1 mm"
-    lines = [*first, f"input: {takes}", "", f"layers, for an input of {tried}:"]
+    lines = [*first, f"input: {takes}", ""]
+    if "gradient_free" in report:
+        ways = ", ".join(gradient_free.methods())
+        return "\n".join([*lines, f"no layers ({report['gradient_free']}); methods: {ways}"])
+    lines += [f"layers, for an input of {tried}:"]
     head = ("layer", "kind", "shape", f"cell {mm}", "sees mm", "smallest mm", "placed", "guard")
     rows = [head]
     for row in report["layers"]:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from med_gradcam import __version__
+from med_gradcam.containers.opener import opened
+from med_gradcam.detection import wrapped
 from med_gradcam.errors import ImageError, ModelError, UsageError
 from med_gradcam.geometry import Geometry
 from med_gradcam.model import InputSpec, Model
@@ -108,6 +110,7 @@ class Request:
     quick: bool = False
     alignment: Literal["nominal", "measured"] = "nominal"
     fast: bool = False
+    accept_drift: bool = False
 
     def __post_init__(self) -> None:
         if self.alignment not in ("nominal", "measured"):
@@ -193,19 +196,12 @@ def check_progress(progress: object) -> None:
 
 
 def plain(model: object) -> object:
-    """The module inside torch.compile's wrapper; anything else as it is.
+    """The network inside wrappers and programs (compiled, TorchScript, exported) as eager modules.
 
     Raises:
-        ModelError: TorchScript.
+        ModelError: it is a program that cannot be opened.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            "expected a plain torch module, got TorchScript, which cannot be explained yet; use "
-            "the module it was made from."
-        )
-    if isinstance(model, torch.nn.Module) and type(model).__name__ == _COMPILED:
-        return plain(model.get_submodule("_orig_mod"))
-    return model
+    return wrapped(opened(model))
 
 
 def _uncompiled(model: Model) -> Model:
@@ -213,7 +209,10 @@ def _uncompiled(model: Model) -> Model:
     net = plain(model.net)
     if net is model.net or not isinstance(net, torch.nn.Module):
         return model
-    aliases = {name: path.removeprefix("_orig_mod.") for name, path in model.aliases.items()}
+    aliases = {
+        name: path.removeprefix("_orig_mod.").removeprefix("module.")
+        for name, path in model.aliases.items()
+    }
     return replace(model, net=net, aliases=aliases)
 
 
@@ -290,11 +289,14 @@ def _array(image: object) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
         )
     if array.ndim == 5 and array.shape[0] == 1:
         array = array[0]
+    if array.ndim == 2:  # an image: a volume of one slice
+        array = array[:, :, None]
     if array.ndim == 3:
         array = array[None]
     if array.ndim != 4:
         raise ImageError(
-            f"expected an array (I, J, K), (C, I, J, K) or (1, C, I, J, K), got {array.shape}."
+            f"expected an array (I, J), (I, J, K), (C, I, J, K) or (1, C, I, J, K), "
+            f"got {array.shape}."
         )
     return array.astype(np.float32)
 

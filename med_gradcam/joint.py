@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from med_gradcam import intake
+from med_gradcam import gradient_free, intake
 from med_gradcam.case import Case
 from med_gradcam.errors import ModelError, UsageError
 from med_gradcam.explaining import result
@@ -85,13 +85,7 @@ def explain_inputs(
         UsageError: fewer than two scans, not one layer for each, a layer of another input's branch.
         ModelError: no torch module. Otherwise as explain().
     """
-    if not isinstance(images, (Mapping, list, tuple)):
-        raise UsageError(f"expected a list of scans, or a dict, got {type(images).__name__}.")
-    if not isinstance(reference, (str, Volume, list, tuple)):
-        raise UsageError(
-            f"expected a reference of auto, tissue, zero, value:X, a Volume or one for each scan, "
-            f"got {type(reference).__name__}."
-        )
+    _check_kinds(images, reference)
     names = list(images) if isinstance(images, Mapping) else []
     scans = list(images.values()) if isinstance(images, Mapping) else list(images)
     if len(scans) < 2 or isinstance(layers, str) or len(layers) != len(scans):
@@ -102,20 +96,32 @@ def explain_inputs(
     net = intake.plain(model)
     if not isinstance(net, torch.nn.Module):
         raise ModelError(f"expected a torch module of several inputs, got {type(model).__name__}.")
+    gradient_free.check_gradient(net, "maps of several inputs")
     if settings.get("method", "secant") != "secant":
         raise UsageError(f"expected the method 'secant', got {settings['method']!r}.")
     if "layer" in settings:
         raise UsageError("expected no layer beside layers, one for each scan.")
     affine = settings.pop("affine", None)
     volume, counts = _stacked(scans, net, affine)
-    if not isinstance(reference, (str, Volume)):
-        reference = _stacked(list(reference), net, affine)[0]
+    if isinstance(reference, (list, tuple)):
+        reference = _stacked(reference, net, affine)[0]
     wish = "+".join(f"net.{layer}" for layer in layers)
     given = {**settings, "layer": wish, "reference": reference}
     with opened(volume, _Joined(net, counts, names), given) as case:
         maps = _maps(case, counts)
     titles = names or [f"input {n + 1}" for n in range(len(scans))]
     return JointExplanation(tuple(maps), tuple(titles))
+
+
+def _check_kinds(images: object, reference: object) -> None:
+    """Refuse what is no list of scans, or no reference."""
+    if not isinstance(images, (Mapping, list, tuple)):
+        raise UsageError(f"expected a list of scans, or a dict, got {type(images).__name__}.")
+    if not isinstance(reference, (str, Volume, list, tuple)):
+        raise UsageError(
+            f"expected a reference of auto, tissue, zero, value:X, a Volume or one for each scan, "
+            f"got {type(reference).__name__}."
+        )
 
 
 def _stacked(scans: Sequence[object], net: torch.nn.Module, affine: object) -> tuple[Volume, Any]:

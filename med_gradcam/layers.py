@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from med_gradcam.errors import CannotExplainError, ModelError, UnknownNameError
+from med_gradcam.errors import CannotExplainError, UnknownNameError
 from med_gradcam.explanation import Cells
 from med_gradcam.graph import LayerInfo, Trace
 from med_gradcam.model import Model
@@ -16,7 +16,8 @@ from med_gradcam.tail import INPUT
 MOST_CANDIDATES = 4
 INPUT_CELLS = Cells((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "exact")
 # Layers that only move or pick values: the layer before them says the same with more places.
-_PASSIVE = ("Pool", "Pad", "Dropout", "Identity", "Upsample", "Flatten", "Unflatten")
+_PASSIVE = ("Pool", "Pad", "Dropout", "Identity", "Upsample", "Flatten", "Unflatten", "Rearrange")
+_VECTOR = 2  # dims of a row of numbers
 OWN_PLACE = (
     "behind the layer {!r} each cell only sees itself, but for what norms and gates take of all: "
     "its map is the target's own region, whatever the model looked at; choose an earlier layer"
@@ -49,14 +50,25 @@ def split(model: Model, text: str) -> list[str]:
     return [part.strip() for part in text.split("+")]
 
 
-def check_places(info: LayerInfo | None, path: str) -> LayerInfo:
+def check_places(
+    info: LayerInfo | None, path: str, shape: Sequence[int] | None = None
+) -> LayerInfo:
     """The layer's information, if its output has places to point to.
+
+    `shape`: of what it puts out, where that cannot be seen as cells.
 
     Raises:
         CannotExplainError: the output has no places, or is the network's output itself.
     """
     if info is None and path == INPUT:
         return LayerInfo(INPUT, "Input", (), None, 0.0)
+    if info is None and shape is not None and len(shape) > _VECTOR:
+        raise CannotExplainError(
+            "no grid",
+            f"expected a layer whose output can be followed to cells of the scan, that of "
+            f"{path!r} {tuple(shape)} cannot: an operation before it mixes, drops or reorders "
+            f"tokens or places; choose an earlier layer, or the block that holds this one.",
+        )
     if info is None:
         raise CannotExplainError(
             "logits",
@@ -69,6 +81,12 @@ def check_places(info: LayerInfo | None, path: str) -> LayerInfo:
             f"expected a layer that runs once per scan, {path!r} runs {info.runs} times (shared); "
             f"choose another layer.",
         )
+    if info.silent:
+        raise CannotExplainError(
+            "class token",
+            f"behind the layer {path!r} only tokens without a place (a class token) are read, so "
+            f"its cells say nothing; choose the block before, which the last attention reads.",
+        )
     if info.is_output:
         raise CannotExplainError(
             "logits",
@@ -79,8 +97,8 @@ def check_places(info: LayerInfo | None, path: str) -> LayerInfo:
 
 
 def _usable(info: LayerInfo) -> bool:
-    wanted = not info.is_output and not info.logits
-    return wanted and info.runs == 1 and min(info.shape[1:]) > 1
+    wanted = not info.is_output and not info.logits and not info.silent
+    return wanted and info.runs == 1 and info.spread
 
 
 def check_logits(
@@ -99,10 +117,9 @@ def check_logits(
         return
     last = type(list(net.modules())[-1]).__name__
     several = link == "softmax" and logits.shape[1] > 1
-    total = logits.double().sum(dim=1)
     near = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
     between = float(logits.min()) >= 0 and 0 < float(logits.max()) <= 1 + near
-    whole = several and between and float((total - 1).abs().max()) < near
+    whole = several and between and float((logits.double().sum(dim=1) - 1).abs().max()) < near
     squashed = logits.ndim > 2 and not several and between
     words = ("Softmax", "LogSoftmax", "Sigmoid", "LogSigmoid")
     if (named and last in words) or whole or squashed:
@@ -118,17 +135,19 @@ def check_logits(
         )
 
 
-def check_volumetric(net: torch.nn.Module) -> None:
-    """Refuse a network for two-dimensional images.
+def check_fast(trace: Trace, names: Sequence[str]) -> None:
+    """Refuse --fast for layers with tokens that have no place, which the fast part does not keep.
 
     Raises:
-        ModelError: all its convolutions are two-dimensional.
+        CannotExplainError: with the layer.
     """
-    kinds = {type(m).__name__ for m in net.modules()}
-    if "Conv2d" in kinds and not kinds & {"Conv3d", "ConvTranspose3d"}:
-        raise ModelError(
-            "expected a network for volumes, got one with two-dimensional convolutions only; "
-            "networks for two-dimensional images cannot be explained yet."
+    found = (trace.find(name) for name in names)
+    beside = [info.name for info in found if info and info.form and info.form.rest]
+    if beside:
+        raise CannotExplainError(
+            "not fast",
+            f"expected layers whose output is all cells for --fast, that of {beside[0]!r} has "
+            f"tokens without a place (a class token); run it without --fast.",
         )
 
 
@@ -162,6 +181,12 @@ def _tried(trace: Trace) -> list[LayerInfo]:
     return [info for info in pool if not info.past] or pool
 
 
+def _whole_layers(model: Model, trace: Trace) -> Trace:
+    """Without the single operations of a layer, which programs that were opened show as well."""
+    inner = {name for name, m in model.net.named_modules() if getattr(m, "inner", False) is True}
+    return replace(trace, layers=tuple(i for i in trace.layers if i.name not in inner))
+
+
 def candidates(model: Model, trace: Trace, *, every: bool = False) -> list[LayerInfo]:
     """At most four layers worth trying (or `every` one), coarsest first.
 
@@ -173,7 +198,8 @@ def candidates(model: Model, trace: Trace, *, every: bool = False) -> list[Layer
     kept = [info for info in named if _usable(info) and not info.pointwise]
     kept = [info for info in kept if not info.past] or kept
     if not named:
-        kept = _last_of_each(_tried(trace))
+        tried = _tried(_whole_layers(model, trace)) or _tried(trace)
+        kept = _with_depths(_last_of_each(tried), tried, trace)
     kept.sort(key=_cells)
     return kept if every else kept[:MOST_CANDIDATES]
 
@@ -184,6 +210,7 @@ def passed_over(model: Model, trace: Trace) -> list[tuple[str, str]]:
     Only of resolutions that no candidate has.
     """
     found = candidates(model, trace, every=True)
+    trace = _whole_layers(model, trace)
     paths = model.aliases.values()
     own = [info for info in trace.layers if info.name in paths] or [
         info
@@ -195,6 +222,26 @@ def passed_over(model: Model, trace: Trace) -> list[tuple[str, str]]:
     left = [info for info in left if _jump(info) not in have]
     left.sort(key=_cells)
     return [(info.name, _why(info)) for info in left[:MOST_CANDIDATES]]
+
+
+def _with_depths(
+    kept: list[LayerInfo], tried: Sequence[LayerInfo], trace: Trace
+) -> list[LayerInfo]:
+    """Where tokens keep their resolution from block to block: the last, and earlier ones beside it.
+
+    The one before it, the middle and the first one; deepest first.
+    """
+    number = dict(zip((info.name for info in trace.layers), trace.values, strict=True))
+    more: list[LayerInfo] = []
+    for last in kept:
+        if last.form is None or not last.form.sequence or len(kept) >= MOST_CANDIDATES:
+            more.append(last)
+            continue
+        same = [i for i in tried if _jump(i) == _jump(last)]
+        row = list({number[info.name]: info for info in same}.values())
+        picks = {len(row) - 1, max(len(row) - 2, 0), (len(row) - 1) // 2, 0}
+        more += [row[n] for n in sorted(picks, reverse=True)]
+    return more
 
 
 def _why(info: LayerInfo) -> str:

@@ -15,6 +15,7 @@ from med_gradcam.case import UNREPEATED, Case
 from med_gradcam.errors import CannotExplainError, UsageError
 from med_gradcam.explaining import result
 from med_gradcam.explanation import Explanation
+from med_gradcam.forms import form_of
 from med_gradcam.intake import Asked
 from med_gradcam.observe import Observed, Pairing, cost, paired, same_target
 from med_gradcam.reference import ReferenceInput
@@ -39,6 +40,9 @@ def from_one_forward(cases: Sequence[Case], wanted: list[Asked] | None) -> list[
     inputs = [case.traced() for case in cases]
     names = first.layers(inputs[0][1])
     x = torch.cat([one for one, _ in inputs])
+    forms = (form_of(first.model.net, name, x) for name in names)
+    if len(cases) > 1 and any(form is not None and form.folded for form in forms):
+        return [one for case in cases for one in from_one_forward([case], wanted)]
     asked: list[list[Asked]] = []
 
     def choose(output: Any) -> list[list[Target]]:

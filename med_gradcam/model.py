@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from med_gradcam.calibration import Calibration
 from med_gradcam.errors import ModelError
-from med_gradcam.geometry import check_axcodes
+from med_gradcam.geometry import Geometry, check_axcodes
 from med_gradcam.target import LINKS, Link
 
 if TYPE_CHECKING:
     import torch
 
 Numbers = tuple[float, ...]
+INTERPOLATIONS = ("linear", "cubic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +28,27 @@ class Step:
     """One intensity step: its name and its numbers, one tuple per argument.
 
     clip ((low,), (high,)); scale ((factor,),); normalise (means, sds), one per channel or one for
-    all; quantile_scale ((low,), (high,)) quantiles to 0..1, clipped.
+    all; threshold ((limit,), (above,), (value,)) gives what is not above (0: below) it a value.
+    Measured on the whole scan: quantile_scale ((low,), (high,)) quantiles to 0..1, clipped;
+    minmax_scale ((low,), (high,)) the values' whole range to low..high; zscore ((nonzero,),
+    (per_channel,)) to mean 0 and sd 1, each 0 or 1: `nonzero` measures, and changes, only voxels
+    that are not 0. normalise_nonzero (means, sds) is what such a zscore becomes.
     """
 
     name: str
     arguments: tuple[Numbers, ...]
 
     def __post_init__(self) -> None:
-        wanted = {"clip": 2, "scale": 1, "normalise": 2, "quantile_scale": 2}
+        wanted = {
+            "clip": 2,
+            "scale": 1,
+            "threshold": 3,
+            "normalise": 2,
+            "normalise_nonzero": 2,
+            "quantile_scale": 2,
+            "minmax_scale": 2,
+            "zscore": 2,
+        }
         if self.name not in wanted:
             raise ModelError(
                 f"expected an intensity step of {', '.join(wanted)}, got {self.name!r}."
@@ -51,7 +68,11 @@ class Step:
             raise ModelError(f"expected clip low < high, got {low} and {high}.")
         if self.name == "quantile_scale" and not 0 <= low < high <= 1:
             raise ModelError(f"expected quantiles 0 <= low < high <= 1, got {low} and {high}.")
-        if self.name == "normalise" and 0.0 in self.arguments[1]:
+        if self.name == "minmax_scale" and low >= high:
+            raise ModelError(f"expected minmax_scale low < high, got {low} and {high}.")
+        if self.name == "zscore" and {low, high} - {0.0, 1.0}:
+            raise ModelError(f"expected 0 or 1 as the switches of zscore, got {low} and {high}.")
+        if self.name.startswith("normalise") and 0.0 in self.arguments[1]:
             raise ModelError("expected standard deviations other than 0 in normalise, got 0.")
 
 
@@ -81,12 +102,40 @@ def _numbers(value: object) -> Numbers:
     return tuple(float(v) for v in values)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """A scan as a recipe leaves it: voxel n along an axis lies at start + n * jump of the scan's.
+
+    `exact` (C, i, j, k) is what the network takes; `raw` the same voxels in the scan's own unit,
+    which `steps` bring there as well as they can.
+    """
+
+    raw: npt.NDArray[np.float32]
+    exact: npt.NDArray[np.float32]
+    start: tuple[float, float, float]
+    jump: tuple[float, float, float]
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...] = ()
+
+
+# What the source's own code makes of the files at some paths: (C, i, j, k) and affine (RAS+ mm).
+Source = Callable[[Sequence[str]], "tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]"]
+# A pipeline's own way from a scan (C, i, j, k) and its voxels' size in mm to the network's input.
+Recipe = Callable[["npt.NDArray[Any]", tuple[float, float, float]], Ready]
+
+
 @dataclass(frozen=True, slots=True)
 class InputSpec:
     """The array a network takes. None means: as the scan is.
 
-    `axes`: patient directions of the array's axes, "SPL" = superior, posterior, left; `patch` and
-    `min_patch` in voxels; `spacing_mm` along those axes; `intensity` the steps in order.
+    `axes`: patient directions of the array's axes, "SPL" = superior, posterior, left, or "kji", the
+    file's own axes in reverse; `patch` and
+    `min_patch` in voxels; `spacing_mm` along those axes; `intensity` the steps in order;
+    `interpolation` linear or cubic, for the change of spacing; `intensity_first`: the steps are
+    done before that change, not after it. `recipe`: all that in the source pipeline's own way,
+    instead of spacing and intensity; `recipe_on`: the same where it depends on the affine of the
+    scan (on `axes`); `padding`: the network's input beside a scan smaller than the
+    patch.
     """
 
     channels: int = 1
@@ -96,8 +145,18 @@ class InputSpec:
     min_patch: tuple[int, int, int] | None = None
     spacing_mm: tuple[float, float, float] | None = None
     intensity: tuple[Step, ...] = ()
+    interpolation: str = "linear"
+    intensity_first: bool = False
+    recipe: Recipe | None = None
+    recipe_on: Callable[[Geometry], Recipe] | None = None
+    padding: float | None = None
 
     def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            raise ModelError(
+                f"expected an interpolation of {', '.join(INTERPOLATIONS)}, "
+                f"got {self.interpolation!r}."
+            )
         if self.channels < 1:
             raise ModelError(f"expected at least one input channel, got {self.channels}.")
         if self.axes is not None:
@@ -118,7 +177,10 @@ class Model:
     """A network in eval mode and what it means.
 
     `aliases`: short layer names -> torch module paths, the author's choice of layers to explain.
-    `calibration`: the fixed colour scales that came with the model.
+    `calibration`: the fixed colour scales that came with the model. `notes`: what its file left
+    open and was assumed about the model; they are written beside each result. `drift`: the steps
+    of its own preprocessing that are not done here, refused unless the user accepts them;
+    `source_input`: what that preprocessing makes of image files, for the comparison.
     """
 
     net: torch.nn.Module
@@ -131,6 +193,9 @@ class Model:
     task: str = "classification"
     aliases: Mapping[str, str] = field(default_factory=dict)
     calibration: tuple[Calibration, ...] = ()
+    notes: tuple[str, ...] = ()
+    drift: tuple[str, ...] = ()
+    source_input: Source | None = None
 
     def __post_init__(self) -> None:
         if self.link not in LINKS:

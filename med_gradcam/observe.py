@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from med_gradcam import gradient_free
 from med_gradcam.capture import Capture, capture, captures, outputs
 from med_gradcam.graph import Trace
 from med_gradcam.secant import pair
@@ -60,7 +61,8 @@ def recorded(
     here = record(net, layers, x, cuts)
     target = pick(here.output)
     if check:  # noise before the layer would hide in what is remembered
-        again = target(outputs(net, x))
+        with gradient_free.afresh(net):
+            again = target(outputs(net, x))
         check_repeats(x, float(target(here.output)[0]), float(again[0]))
     # Of the reference only activations are asked for.
     there = None if reference is None else record(net, layers, reference, layers)
@@ -152,7 +154,8 @@ def paired(
         others = pair.run_all(net, layers, reference, choose, cut=how.cut)
         if how.known:
             how.known.keep(reference, (layers, how.cut, [*chosen]), others)
-    tails = {name: Tail(net, name, x, ()) for name in layers}
+    rests = cases[0].rests
+    tails = {name: Tail(net, name, x, (), rest=rests.get(name)) for name in layers}
     made = []
     for target in chosen:
         case, other = cases.pop(0), others.pop(0)
@@ -172,8 +175,9 @@ def _shared(case: pair.Run, other: pair.Run, layers: Sequence[str], *, cut: bool
     """The change shared out at the layers, and checked to be all of it where it must be."""
     whole = not case.tape.passes_by(layers)
     shared = pair.share(case, other, layers)
-    sums = {name: float(shared.evidence(name).sum()) for name in layers}
-    complete = [total for name, total in sums.items() if not shared.past[name]]
+    beside = shared.beside
+    sums = {name: float(shared.evidence(name).sum()) + beside.get(name, 0.0) for name in layers}
+    complete = [total for name, total in sums.items() if not shared.avoided[name]]
     if cut:
         complete = [sum(sums.values())] if whole else []
     _check_nothing_lost(shared, complete)

@@ -73,6 +73,13 @@ def status(
     return ("complete" if evidence.converged else "not_converged"), bypassed, warnings
 
 
+def past(chosen: Capture, layer: str) -> str:
+    """What the share of the score does that is not in a map of this layer."""
+    if chosen.has_rest and not chosen.passed_by:
+        return f"belongs to tokens of {layer!r} without a place (a class token)"
+    return f"flows past the layer {layer!r} (skip connections)"
+
+
 def compared(chosen: Capture, evidence: Evidence) -> Capture:
     """The capture with the score that this evidence is relative to."""
     if evidence.reference_score is None:

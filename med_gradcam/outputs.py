@@ -107,11 +107,13 @@ def what(output: object) -> str:
 def first_tensor(output: object, path: str = "") -> torch.Tensor:
     """The tensor at a path of a raw output, or the first of the tuple, list or dict there.
 
+    Of maps of one kind and several sizes it is the largest.
+
     Raises:
         CannotExplainError: there is no tensor.
         UsageError: there is no such path.
     """
-    first = select(output, path)
+    first = select(output, full_resolution(output, path))
     while isinstance(first, (tuple, list, dict)) and len(first) > 0:
         first = next(iter(first.values())) if isinstance(first, dict) else first[0]
     if not is_tensor(first):
@@ -122,6 +124,34 @@ def first_tensor(output: object, path: str = "") -> torch.Tensor:
         )
     tensor: torch.Tensor = first  # type: ignore[assignment]
     return tensor
+
+
+def full_resolution(output: object, path: str = "") -> str:
+    """The path of what is meant by one that leads to several maps: deep supervision.
+
+    A list of maps (B, K, i, j, k) of one K and of several sizes: that of the largest, the first of
+    them where several are as large. Anything else: the path itself.
+    """
+    part, at = select(output, path), path
+    while isinstance(part, (tuple, list, dict)) and len(part) > 0 and not _heads(part):
+        step, part = next(_parts(part))
+        at += step
+    if not _heads(part):
+        return path
+    sizes = [(step, one.numel()) for step, one in _parts(part) if is_tensor(one)]  # type: ignore[attr-defined]
+    step = max(sizes, key=lambda pair: pair[1])[0]
+    return (at + step).removeprefix(".")
+
+
+def _heads(value: object) -> bool:
+    """Whether this holds maps of one number of channels and of several sizes, and nothing else."""
+    if not isinstance(value, (tuple, list, dict)) or len(value) < 2:
+        return False
+    parts: list[Any] = [part for _, part in _parts(value)]
+    if not all(is_tensor(part) and part.ndim == 5 for part in parts):
+        return False
+    one_kind = len({part.shape[:2] for part in parts}) == 1
+    return one_kind and len({part.shape[2:] for part in parts}) > 1
 
 
 def batch_size(output: object) -> int:

@@ -34,7 +34,9 @@ class Prepared:
     """The network's view of a scan: `raw` (C, i, j, k) float32 in the scan's own unit on `grid`.
 
     `steps` are the intensity steps with their quantiles already measured on this scan; `notes`
-    say what had to be done. `image` is the scan's own grid.
+    say what had to be done. `image` is the scan's own grid. `exact`: what the network takes where
+    the steps come before the change of spacing, or a recipe made it, else None; `beside` (i, j, k):
+    where the patch lies beside the scan, for every scan alike.
     """
 
     raw: Floats
@@ -42,10 +44,18 @@ class Prepared:
     image: Geometry
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+    exact: Floats | None = None
+    beside: npt.NDArray[np.bool_] | None = None
 
     def network_input(self, raw: Floats | None = None) -> Floats:
         """The array the network takes: `raw` (this scan's, or a reference's) after the steps."""
-        return apply_steps(self.raw if raw is None else raw, self.steps)
+        made = self.exact
+        if raw is not None or made is None:
+            made = apply_steps(self.raw if raw is None else raw, self.steps)
+        if raw is None or self.exact is None:
+            return made
+        same = raw == self.raw  # what was not replaced stays exact
+        return np.where(same if self.beside is None else same | self.beside, self.exact, made)
 
 
 def parse_point(text: str, grid: Geometry) -> npt.NDArray[np.float64]:
@@ -92,14 +102,39 @@ def prepare(volume: Volume, model: Model, at: str | None = None) -> Prepared:
     if spec.axes is not None:
         how = reorientation(grid, spec.axes)
         grid, array = reorient(grid, how), reorient_array(array, how)
-    if spec.spacing_mm is not None:
-        grid, array = _respace(grid, array, spec.spacing_mm, notes)
+    grid, before, after, steps = _stepped(grid, array, spec, notes)
     start, shape = _window(grid, volume.grid, spec, at, notes)
-    raw = _cut(array, start, shape)
+    raw = _cut(before, start, shape)
     _check_smallest(raw.shape[1:], spec)
-    return Prepared(
-        raw, crop(grid, start, shape), volume.grid, fit_steps(raw, spec.intensity), tuple(notes)
-    )
+    exact = None if after is None else _cut(after, start, shape, spec.padding)
+    beside = None
+    if spec.padding is not None:
+        beside = _cut(np.zeros((1, *grid.shape), np.float32), start, shape, 1.0)[0] > 0
+    cut = crop(grid, start, shape)
+    return Prepared(raw, cut, volume.grid, steps, tuple(notes), exact, beside)
+
+
+def _stepped(
+    grid: Geometry, array: npt.NDArray[Any], spec: InputSpec, notes: list[str]
+) -> tuple[Geometry, npt.NDArray[Any], npt.NDArray[Any] | None, tuple[Step, ...]]:
+    """The whole scan on the network's voxels: grid, in its own unit, as input if known, steps."""
+    recipe = spec.recipe if spec.recipe_on is None else spec.recipe_on(grid)
+    if recipe is not None:
+        made = recipe(array, grid.spacing_mm)
+        notes += made.notes
+        grid = cells(grid, made.jump, made.start, made.raw.shape[1:])
+        return grid, made.raw, made.exact, made.steps
+    if not spec.intensity_first:  # measured on the whole scan, not on the patch of it
+        if spec.spacing_mm is not None:
+            grid, array = _respace(grid, array, spec, notes)
+        return grid, array, None, fit_steps(array, spec.intensity)
+    steps = fit_steps(array, spec.intensity)
+    after = apply_steps(np.ascontiguousarray(array, dtype=np.float32), steps)
+    old = grid
+    if spec.spacing_mm is not None:
+        grid, array = _respace(old, array, spec, notes)
+        after = np.asarray(_respace(old, after, spec, [])[1], dtype=np.float32)
+    return grid, array, after, steps
 
 
 def _check_fit(volume: Volume, spec: InputSpec, name: str) -> list[str]:
@@ -125,8 +160,10 @@ def _check_fit(volume: Volume, spec: InputSpec, name: str) -> list[str]:
 
 
 def _respace(
-    grid: Geometry, array: npt.NDArray[Any], spacing: tuple[float, ...], notes: list[str]
+    grid: Geometry, array: npt.NDArray[Any], spec: InputSpec, notes: list[str]
 ) -> tuple[Geometry, npt.NDArray[Any]]:
+    wanted = zip(spec.spacing_mm or grid.spacing_mm, grid.spacing_mm, grid.shape, strict=True)
+    spacing = [old if n == 1 else new for new, old, n in wanted]  # an image keeps its thickness
     jump = [new / old for new, old in zip(spacing, grid.spacing_mm, strict=True)]
     if max(abs(j - 1) for j in jump) <= SPACING_TOLERANCE:
         return grid, array
@@ -135,6 +172,7 @@ def _respace(
     shape = [max(1, round(n / j)) for n, j in zip(grid.shape, jump, strict=True)]
     # The new grid lies in the middle of the old one: no voxel's centre lies beside the scan.
     start = [((n - 1) - (m - 1) * j) / 2 for n, m, j in zip(grid.shape, shape, jump, strict=True)]
+    how = sitk.sitkBSpline3 if spec.interpolation == "cubic" else sitk.sitkLinear
     channels = []
     for channel in array:
         image = sitk.GetImageFromArray(np.ascontiguousarray(channel.T, dtype=np.float32))
@@ -142,7 +180,7 @@ def _respace(
             image,
             shape,
             sitk.Transform(),
-            sitk.sitkLinear,
+            how,
             start,
             jump,
             image.GetDirection(),
@@ -151,7 +189,7 @@ def _respace(
         )
         channels.append(sitk.GetArrayFromImage(out).T)
     have = " x ".join(f"{s:.2f}" for s in grid.spacing_mm)
-    notes.append(f"voxels of {have} mm resampled to the model's spacing (linear)")
+    notes.append(f"voxels of {have} mm resampled to the model's spacing ({spec.interpolation})")
     return cells(grid, jump, start, shape), np.stack(channels)
 
 
@@ -168,7 +206,10 @@ def _window(
     patch = list(spec.patch)
     if at is not None:
         centre = [math.floor(c + 0.5) for c in grid.index_ijk(parse_point(at, image)).tolist()]
-    elif all(abs(n - p) <= NEARLY_PATCH * p for n, p in zip(grid.shape, patch, strict=True)):
+    elif all(
+        abs(n - p) <= NEARLY_PATCH * p or (spec.padding is not None and n <= p)
+        for n, p in zip(grid.shape, patch, strict=True)
+    ):
         centre = [n // 2 for n in grid.shape]
     else:
         have, want = (" x ".join(str(n) for n in s) for s in (grid.shape, patch))
@@ -177,7 +218,8 @@ def _window(
             f"has {have} (both along {grid.axcodes}); say where to look, for example "
             f"--at ijk:{','.join(str(n // 2) for n in image.shape)}."
         )
-    if any(n > MOST_PADDING * size for size, n in zip(grid.shape, patch, strict=True)):
+    much = any(n > MOST_PADDING * size for size, n in zip(grid.shape, patch, strict=True))
+    if much and spec.padding is None:
         raise ImageError(
             f"expected a scan of at least half the model's patch {tuple(patch)} along "
             f"{grid.axcodes}, got {grid.shape} voxels: most of the input would be padding."
@@ -187,7 +229,8 @@ def _window(
         wanted = c - n // 2
         start.append(-((n - size) // 2) if size < n else min(max(wanted, 0), size - n))
     if any(have < n for have, n in zip(grid.shape, patch, strict=True)):
-        notes.append("the scan is smaller than the model's patch: padded at the scan's minimum")
+        how = "at the scan's minimum" if spec.padding is None else f"with {spec.padding:g}"
+        notes.append(f"the scan is smaller than the model's patch: padded {how}")
     return start, patch
 
 
@@ -200,13 +243,15 @@ def _check_smallest(shape: tuple[int, ...], spec: InputSpec) -> None:
         )
 
 
-def _cut(array: npt.NDArray[Any], start: list[int], shape: list[int]) -> Floats:
-    """array[start : start + shape] as float32, padded at each channel's minimum."""
+def _cut(
+    array: npt.NDArray[Any], start: list[int], shape: list[int], padding: float | None = None
+) -> Floats:
+    """array[start : start + shape] as float32, padded with a value or each channel's minimum."""
     have = array.shape[1:]
     if start == [0, 0, 0] and tuple(shape) == have:
         return np.ascontiguousarray(array, dtype=np.float32)
     out = np.empty((array.shape[0], *shape), dtype=np.float32)
-    out[:] = array.min(axis=(1, 2, 3), keepdims=True)
+    out[:] = array.min(axis=(1, 2, 3), keepdims=True) if padding is None else padding
     source, place = [slice(None)], [slice(None)]
     for s, n, h in zip(start, shape, have, strict=True):
         first, last = max(s, 0), min(s + n, h)
@@ -216,49 +261,76 @@ def _cut(array: npt.NDArray[Any], start: list[int], shape: list[int]) -> Floats:
     return out
 
 
-def fit_steps(raw: Floats, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The steps with what they measure on the scan measured.
+def fit_steps(raw: npt.NDArray[Any], steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps with what they measure on the scan (C, i, j, k) measured.
 
-    quantile_scale becomes clip, then normalise with the scan's own quantiles, so that another
-    array can go the same way.
+    So quantile_scale becomes clip, then normalise with the scan's own quantiles, and another array
+    can go the same way.
     """
     fitted: list[Step] = []
     array = raw
-    for step in steps:
-        if step.name == "quantile_scale":
-            low, high = (float(np.quantile(array, q[0])) for q in step.arguments)
-            if high <= low:
-                raise ImageError(
-                    f"expected a scan with contrast, got equal quantiles {low:g} at "
-                    f"{step.arguments[0][0]:g} and {step.arguments[1][0]:g}."
-                )
-            new = [
-                Step("clip", ((low,), (high,))),
-                Step("normalise", ((low,), (high - low,))),
-            ]
-        else:
-            new = [step]
+    for n, step in enumerate(steps):
+        new = _measured(array, step)
         fitted += new
-        array = apply_steps(array, tuple(new))
+        if any(later.name in _MEASURED for later in steps[n + 1 :]):
+            array = apply_steps(np.asarray(array, dtype=np.float32), tuple(new))
     return tuple(fitted)
 
 
+_MEASURED = ("quantile_scale", "minmax_scale", "zscore")
+
+
+def _measured(array: npt.NDArray[Any], step: Step) -> list[Step]:
+    first, second = step.arguments[0], step.arguments[-1]
+    if step.name == "quantile_scale":
+        low, high = (float(np.quantile(array, q[0])) for q in step.arguments)
+        _check_contrast(low, high, f"quantiles at {first[0]:g} and {second[0]:g}")
+        return [Step("clip", ((low,), (high,))), Step("normalise", ((low,), (high - low,)))]
+    if step.name == "minmax_scale":
+        low, high = float(array.min()), float(array.max())
+        _check_contrast(low, high, "smallest and largest value")
+        share = (high - low) / (second[0] - first[0])
+        return [Step("normalise", ((low - first[0] * share,), (share,)))]
+    if step.name == "zscore":
+        nonzero, parts = bool(first[0]), [array]
+        if second[0]:
+            parts = [channel[None] for channel in array]
+        values = [part[part != 0] if nonzero else part for part in parts]
+        means = tuple(float(v.mean(dtype=np.float64)) if v.size else 0.0 for v in values)
+        sds = [float(v.std(dtype=np.float64)) if v.size else 0.0 for v in values]
+        name = "normalise_nonzero" if nonzero else "normalise"
+        return [Step(name, (means, tuple(sd if sd > 0 else 1.0 for sd in sds)))]
+    return [step]
+
+
+def _check_contrast(low: float, high: float, what: str) -> None:
+    if high <= low:
+        raise ImageError(f"expected a scan with contrast, got equal {what}: {low:g}.")
+
+
 def apply_steps(raw: Floats, steps: tuple[Step, ...]) -> Floats:
-    """Intensity steps (clip, scale, normalise) on (C, i, j, k), float32."""
+    """Fitted intensity steps on (C, i, j, k), float32."""
     array = raw
     for step in steps:
         if step.name == "clip":
-            array = np.clip(array, step.arguments[0][0], step.arguments[1][0])
+            low, high = (np.array(a, dtype=np.float32)[:, None, None, None] for a in step.arguments)
+            array = np.clip(array, low, high)
         elif step.name == "scale":
             array = array * np.float32(step.arguments[0][0])
-        elif step.name == "normalise":
+        elif step.name == "threshold":
+            limit, above, value = (np.float32(a[0]) for a in step.arguments)
+            array = np.where(array > limit if above else array < limit, array, value)
+        elif step.name in ("normalise", "normalise_nonzero"):
             mean, sd = (np.array(a, dtype=np.float32)[:, None, None, None] for a in step.arguments)
             if len(mean) not in (1, len(array)) or len(sd) not in (1, len(array)):
                 raise ImageError(
                     f"expected one mean and sd, or one per channel ({len(array)}), got "
                     f"{len(mean)} and {len(sd)}."
                 )
+            kept = array == 0 if step.name == "normalise_nonzero" else None
             array = (array - mean) / sd
+            if kept is not None:
+                array[kept] = 0.0
         else:
             raise ImageError(f"expected fitted intensity steps, got {step.name!r}.")
     return np.ascontiguousarray(array, dtype=np.float32)

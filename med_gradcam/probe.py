@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch.overrides import TorchFunctionMode
 
+from med_gradcam.forms import form_of
+
 Point = tuple[float, float, float]
 Spatial = tuple[int, ...]
 
@@ -317,11 +319,13 @@ def _looked(
 ) -> list[Point | None]:
     found: list[Point | None] = []
     x.requires_grad = True
+    form = form_of(net, layer, x)
 
     def stop(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         del module, inputs
+        cells = output if form is None else form.cells(output)
         for i, j, k in at:
-            value = look.amount(output[0, :, i, j, k])
+            value = look.amount(cells[0, :, i, j, k])
             reached = torch.autograd.grad(value, x, retain_graph=True, materialize_grads=True)
             found.append(_centroid(reached[0], look.least))
         raise _Stop

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from med_gradcam import observe
+from med_gradcam import gradient_free, observe
 from med_gradcam.capture import Capture
 from med_gradcam.case import Case
 from med_gradcam.errors import CannotExplainError, UsageError
@@ -168,7 +168,8 @@ def _check_unit(case: Case) -> None:
 
 def _at(case: Case, e: Explanation) -> Request:
     """The request that leaves a layer's activation, its reference's and a tail behind."""
-    return replace(case.request, method="integrated", layer=e.layer)
+    method = e.method if gradient_free.why(case.model.net) else "integrated"
+    return replace(case.request, method=method, layer=e.layer)
 
 
 # --------------------------------------------------------------------------------- the regions

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from med_gradcam import gradient_free
 from med_gradcam.capture import Capture
 from med_gradcam.tail import INPUT, record
 
@@ -57,11 +58,13 @@ def behind(capture: Capture) -> Behind:
 
 
 def input_scores(capture: Capture, count: int, make: Make) -> torch.Tensor:
-    """Scores (count,) float64 of `count` inputs: whole predictions, one by one.
+    """Scores (count,) float64 of `count` inputs: whole predictions, as many at once as may be.
 
     `make` gives the inputs (n, C, I, J, K) of a slice; only one slice lives at a time.
     """
-    slices = _slices(count, _fitting(_bytes(capture.input)))
+    batch = gradient_free.batch(capture.tail.net)
+    size = max(_fitting(_bytes(capture.input)) // batch, 1) * batch
+    slices = _slices(count, size)
     return torch.cat([capture.input_scores(make(some)) for some in slices]).double()
 
 

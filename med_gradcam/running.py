@@ -30,7 +30,8 @@ def stoppable(net: torch.nn.Module, progress: Progress) -> Iterator[None]:
     if progress is silent:
         yield
         return
-    tick: Callable[..., None] = lambda *_: progress(Step(-1, 6, ""))  # noqa: E731
+    doing: Callable[[], str] = lambda: str(getattr(net, "doing", ""))  # noqa: E731
+    tick: Callable[..., None] = lambda *_: progress(Step(-1, 6, doing()))  # noqa: E731
     leaves = [m for m in net.modules() if next(m.children(), None) is None]
     handles = [m.register_forward_pre_hook(tick) for m in leaves]
     try:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from med_gradcam.errors import CannotExplainError, ModelError
+from med_gradcam.forms import Form, form_of
 from med_gradcam.outputs import changed, tensors
 
 Score = Callable[[Any], torch.Tensor]
@@ -85,6 +86,8 @@ class _Recording:
     records: list[Memory] = field(default_factory=list)
     memories: dict[str, tuple[Memory, ...]] = field(default_factory=dict)
     activations: dict[str, torch.Tensor] = field(default_factory=dict)
+    forms: dict[str, Form | None] = field(default_factory=dict)
+    rests: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
     def begin(self, module: torch.nn.Module, inputs: Any) -> None:
         del inputs
@@ -109,13 +112,22 @@ class _Recording:
                     f"(shared weights); choose another layer.",
                 )
             self.memories[name] = tuple(records)
-            self.activations[name] = _activation(output, name).detach().clone()
+            form = self.forms.get(name)
+            self.activations[name] = as_cells(output, name, form).detach().clone()
+            self.rests[name] = None if form is None else form.beside(output.detach())
         # A copy: what follows may work in place on the output.
         kept = stand_in(output) if self.slim else _copies(output, 1)
         self.records.append(Memory(module, call.parent, kept))
 
 
-def _activation(output: Any, name: str) -> torch.Tensor:
+def as_cells(output: Any, name: str, form: Form | None) -> torch.Tensor:
+    """A layer's raw output as cells (n, C, i, j, k); as it is where it has that form.
+
+    Raises:
+        CannotExplainError: it cannot be seen so.
+    """
+    if form is not None and isinstance(output, torch.Tensor):
+        return form.cells(output)
     if not isinstance(output, torch.Tensor) or output.ndim != 5:
         got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise CannotExplainError(
@@ -126,17 +138,23 @@ def _activation(output: Any, name: str) -> torch.Tensor:
     return output
 
 
-def _copies(value: Any, count: int, *, solid: bool = False) -> Any:
+def _copies(value: Any, count: int, *, scans: int = 1, solid: bool = False) -> Any:
     """What was remembered, for a batch of `count`; for one: a copy to be worked on in place.
 
-    `solid`: what stands in for a value can be worked on in place, too.
+    `scans`: of how many it was remembered. `solid`: what stands in for a value can be worked on in
+    place, too.
     """
+    times = max(count // scans, 1)
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         if _stands_in(tensor):
-            shape = (max(count, len(tensor)), *tensor.shape[1:])
+            shape = (times * len(tensor), *tensor.shape[1:])
             return tensor.new_zeros(shape) if solid else tensor.expand(shape)
-        return tensor.clone() if count == 1 else tensor.expand(count, *tensor.shape[1:])
+        if times > 1 and len(tensor) > 1:  # slices or windows of each scan, in the batch
+            return tensor.repeat(times, *[1] * (tensor.ndim - 1))
+        if count == 1:
+            return tensor.clone()
+        return tensor.expand(times * len(tensor), *tensor.shape[1:])
 
     return changed(value, copy)
 
@@ -156,7 +174,8 @@ class Tail:
 
     `alone`: activations are run one by one, for networks that cannot be run, or answer otherwise,
     as a batch. `solid`: what stands in for an output that is not needed has memory of its own, for
-    networks that work in place on it.
+    networks that work in place on it. `rest`: what of the layer's output has no place (class
+    tokens); it stays as it is.
     """
 
     net: torch.nn.Module
@@ -165,13 +184,24 @@ class Tail:
     memory: tuple[Memory, ...]
     alone: bool = False
     solid: bool = False
+    rest: torch.Tensor | None = None
+
+    @property
+    def form(self) -> Form | None:
+        """How the layer's output is seen as cells; None where it is (n, C, i, j, k)."""
+        return form_of(self.net, self.layer, self.x)
+
+    def raw(self, activations: torch.Tensor) -> torch.Tensor:
+        """What the layer puts out with these cells (n, C, i, j, k), in new memory."""
+        form = self.form
+        return activations.clone() if form is None else form.whole(activations, self.rest)
 
     def run(self, activations: torch.Tensor) -> Any:
         """The network's output when the layer puts out `activations` (n, C, i, j, k)."""
         if self.layer == INPUT:
             return self.net(activations.clone())
         with self.replay(activations):
-            return self.net(_copies(self.x, len(activations)))
+            return self.net(_copies(self.x, len(activations), scans=len(self.x)))
 
     @contextmanager
     def replay(self, activations: torch.Tensor) -> Iterator[None]:
@@ -193,7 +223,7 @@ class Tail:
                 value = queue.popleft()
                 if value is None:
                     return activations.new_zeros(1)
-                return _copies(value, count, solid=self.solid)
+                return _copies(value, count, scans=len(self.x), solid=self.solid)
 
             return forward
 
@@ -201,7 +231,7 @@ class Tail:
             for owner in list(answers):
                 owner.__dict__["forward"] = answer(owner)
             # A clone: what follows may work in place, the activation itself must stay.
-            module.__dict__["forward"] = lambda *_a, **_k: activations.clone()
+            module.__dict__["forward"] = lambda *_a, **_k: self.raw(activations)
             yield
         finally:
             for owner, forward in before.items():
@@ -246,7 +276,11 @@ class Tail:
             tail = replace(self, alone=alone, solid=solid)
             try:
                 found = float(tail.scores(activations, score)[0])
-            except (RuntimeError, IndexError):  # a batch, or a memory, that does not fit
+            except (
+                RuntimeError,
+                IndexError,
+                AssertionError,
+            ):  # a batch, or a memory, that does not fit
                 continue
             if not math.isfinite(known) or abs(found - known) <= _near(activations, known):
                 return tail
@@ -320,6 +354,7 @@ def record(
     """
     wanted = {net.get_submodule(name): name for name in layers if name != INPUT}
     recording = _Recording(wanted, slim=set(wanted.values()) <= set(cuts))
+    recording.forms = {name: form_of(net, name, x) for name in layers}
     handles = []
     for module in net.modules():
         if module is not net:
@@ -342,5 +377,8 @@ def record(
                 f"expected the layer {name!r} to run for this scan, it never did; "
                 f"choose a layer that `med-gradcam inspect MODEL` lists.",
             )
-    tails = {name: Tail(net, name, x, recording.memories[name]) for name in layers}
+    tails = {
+        name: Tail(net, name, x, recording.memories[name], rest=recording.rests.get(name))
+        for name in layers
+    }
     return Recorded(output, recording.activations, tails)

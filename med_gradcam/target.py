@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,11 +37,33 @@ _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.+)")
 
 
 @dataclass(frozen=True, slots=True)
+class Box:
+    """A box of a detector.
+
+    `number` counts its boxes by score from 1, and is 0 for one that it did not keep; `score` of its
+    `label`, log-odds; `size_mm` along the scan's axes closest to right-left, anterior-posterior and
+    superior-inferior.
+    """
+
+    number: int
+    label: str
+    score: float
+    centre_ras_mm: tuple[float, float, float]
+    size_mm: tuple[float, float, float]
+
+    @property
+    def probability(self) -> float:
+        """The detector's own score, 0..1."""
+        return _sigmoid(self.score)
+
+
+@dataclass(frozen=True, slots=True)
 class TargetRegion:
     """Where the score of a map is read.
 
-    `kind`: predicted, component, mask, voxel or box; `words` for people; `voxels` of the network's
-    output that count at all, the sum of their weights (0..1 each), and a digest of the weights.
+    `kind`: predicted, component, mask, voxel, box or detection (an anchor of a detector); `words`
+    for people; `voxels` of the network's output that count at all, the sum of their weights (0..1
+    each), and a digest of the weights; `boxes` of a detection, the explained one first.
     """
 
     kind: str
@@ -49,6 +71,12 @@ class TargetRegion:
     voxels: int
     weight: float
     sha256: str
+    boxes: tuple[Box, ...] = ()
+
+    def __post_init__(self) -> None:
+        given: tuple[Any, ...] = tuple(self.boxes)  # of a file: plain values
+        made = tuple(b if isinstance(b, Box) else Box(**_tuples(b)) for b in given)
+        object.__setattr__(self, "boxes", made)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +148,10 @@ class Target:
         if self.region is None:
             return "" if self.kind != "custom" else "a function of the user's"
         r = self.region
-        return f"mean over {r.words} ({r.voxels} voxels of the network's output)"
+        if r.kind == "detection":
+            return r.words
+        where = f" {self.output}" if self.output else ""
+        return f"mean over {r.words} ({r.voxels} voxels of the network's output{where})"
 
     def __call__(self, output: object) -> torch.Tensor:
         """Scores (B,) of a model's raw output: (B, K), a map (B, K, i, j, k), or what holds it."""
@@ -134,11 +165,10 @@ class Target:
 
     def probability(self, score: float) -> float | None:
         """The model's probability at a score in log-odds; None where there is none."""
-        if self.kind != "class" or self.link == "none":
+        boxed = self.region is not None and self.region.kind == "detection" and len(self.index) == 1
+        if not (boxed or self.kind == "class") or self.link == "none":
             return None
-        if score >= 0:
-            return 1.0 / (1.0 + math.exp(-score))
-        return math.exp(score) / (1.0 + math.exp(score))
+        return _sigmoid(score)
 
     def _check_index(self, logits: torch.Tensor) -> None:
         if max(self.index) >= logits.shape[1]:
@@ -176,6 +206,17 @@ class Target:
         count = batch_size(output)  # one by one: a function that adds up cannot mix the items
         parts = [output] if count == 1 else [item(output, n, count) for n in range(count)]
         return torch.cat([_one_number(self.function(part), self.label) for part in parts])
+
+
+def _sigmoid(score: float) -> float:
+    if score >= 0:
+        return 1.0 / (1.0 + math.exp(-score))
+    return math.exp(score) / (1.0 + math.exp(score))
+
+
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file holds of a dataclass, its lists as tuples again."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
 
 
 def _one_number(score: Any, label: str) -> torch.Tensor:

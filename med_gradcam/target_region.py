@@ -80,19 +80,29 @@ def counts(logits: torch.Tensor, link: Link, inside: Bools | None) -> list[int]:
     return [int(n) for n in np.bincount(taken, minlength=logits.shape[1])]
 
 
-def component(mask: Bools, n: int) -> tuple[Bools, int]:
-    """The `n`-th largest connected part (26 neighbours, from 1) of a mask, and how many there are.
+def parts(mask: Bools) -> tuple[npt.NDArray[np.int32], list[int]]:
+    """A mask's connected parts (26 neighbours) as numbers from 1, the largest first; their sizes.
 
-    Parts of one size come in the order of their first voxel. The mask is empty for n too large.
+    Parts of one size come in the order of their first voxel.
     """
     import SimpleITK as sitk  # noqa: N813 - heavy, and only needed here
 
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    parts = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))  # noqa: FBT003 - sitk's own
-    sizes = np.bincount(parts.ravel())[1:]
-    if n > len(sizes):
-        return np.zeros_like(mask), len(sizes)
-    return parts == 1 + int(np.argsort(-sizes, kind="stable")[n - 1]), len(sizes)
+    found = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))  # noqa: FBT003 - sitk's own
+    sizes = np.bincount(found.ravel())[1:]
+    order = np.argsort(-sizes, kind="stable")
+    rank = np.zeros(len(sizes) + 1, dtype=np.int32)
+    rank[1 + order] = np.arange(1, len(sizes) + 1)
+    return rank[found], [int(n) for n in sizes[order]]
+
+
+def component(mask: Bools, n: int) -> tuple[Bools, int]:
+    """The `n`-th largest connected part (26 neighbours, from 1) of a mask, and how many there are.
+
+    The mask is empty for n too large.
+    """
+    numbered, sizes = parts(mask)
+    return numbered == n if n > 0 else np.zeros_like(mask), len(sizes)
 
 
 # -------------------------------------------------------------------------------- where users point
@@ -154,33 +164,45 @@ def from_voxel(text: str, grid: Geometry, image: Geometry) -> tuple[Floats, str]
     return weights, f"the voxel at {point_words(point)}"
 
 
-def from_box(text: str, grid: Geometry, image: Geometry) -> tuple[Floats, str]:
-    """The output voxels whose centres lie in a cube POINT:SIZE_MM along the patient's axes.
+def parse_box(text: str, image: Geometry) -> tuple[npt.NDArray[np.float64], tuple[float, ...]]:
+    """Centre (RAS+ mm) and sides in mm of a box POINT:SIZE or POINT:X,Y,Z along the patient's axes.
 
     Raises:
         UsageError: it is no such box.
     """
     where, _, length = text.rpartition(":")
     try:
-        size = float(length)
+        sides = tuple(float(part) for part in length.split(","))
     except ValueError:
-        size = math.nan
-    if not (":" in where and 0 < size < math.inf):
+        sides = ()
+    sides = sides * 3 if len(sides) == 1 else sides
+    if not (":" in where and len(sides) == 3 and all(0 < side < math.inf for side in sides)):
         raise UsageError(
-            f"expected a box as ras:X,Y,Z:SIZE_MM (or lps:, ijk:) with its side in mm, got "
-            f"{text!r}."
+            f"expected a box as ras:X,Y,Z:SIZE_MM (or lps:, ijk:) with its side in mm, or its "
+            f"three sides X,Y,Z, got {text!r}."
         )
-    point = parse_point(where, image)
-    corners = np.array(np.meshgrid(*[(-size / 2, size / 2)] * 3)).reshape(3, -1).T
+    return parse_point(where, image), sides
+
+
+def from_box(text: str, grid: Geometry, image: Geometry) -> tuple[Floats, str]:
+    """The output voxels whose centres lie in a box along the patient's axes, and its words.
+
+    Raises:
+        UsageError: it is no such box.
+    """
+    point, sides = parse_box(text, image)
+    half = np.array(sides) / 2
+    corners = np.array(np.meshgrid(*[(-h, h) for h in half])).reshape(3, -1).T
     index = grid.index_ijk(point + corners)
     low = np.clip(np.floor(index.min(axis=0)), 0, grid.shape).astype(int)
     high = np.clip(np.ceil(index.max(axis=0)) + 1, 0, grid.shape).astype(int)
     axes = [np.arange(a, b) for a, b in zip(low, high, strict=True)]
     centres = grid.world_ras(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1))
-    inside = (np.abs(centres - point) <= size / 2 + 1e-6).all(axis=-1)
+    inside = (np.abs(centres - point) <= half + 1e-6).all(axis=-1)
     weights = np.zeros(grid.shape, dtype=np.float32)
     weights[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = inside
-    return weights, f"a box of {size:g} mm around {point_words(point)}"
+    size = " x ".join(f"{side:g}" for side in (sides if len(set(sides)) > 1 else sides[:1]))
+    return weights, f"a box of {size} mm around {point_words(point)}"
 
 
 # ------------------------------------------------------------------------------------- the region

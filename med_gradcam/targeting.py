@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from med_gradcam import intake, layers, loading, target_region
+from med_gradcam import box_target, intake, layers, loading, target_region
+from med_gradcam.anchors import BOXES, CLASSES
+from med_gradcam.detection import Detector
 from med_gradcam.errors import CannotExplainError, MedGradcamError, ModelError, UsageError
 from med_gradcam.geometry import Geometry
 from med_gradcam.intake import Asked, Request
 from med_gradcam.model import Model
-from med_gradcam.outputs import changed, first_tensor, what
+from med_gradcam.outputs import changed, first_tensor, full_resolution, what
 from med_gradcam.prepare import Prepared
 from med_gradcam.running import MISFIT, first_line
 from med_gradcam.target import (
@@ -66,6 +69,10 @@ def pick(request: Request, output: object, model: Model, prepared: Prepared) -> 
         return ready
     if wish.whole in model.labels:  # a label that looks like a place
         wish = Asked(wish.whole)
+    if isinstance(model.net, Detector):
+        return box_target.target_of(wish, output, model, prepared)  # type: ignore[arg-type]
+    _check_no_box(wish, output, place)
+    place = full_resolution(output, place)
     tensor = first_tensor(output, place)
     if is_map(tensor):
         return replace(_Dense(wish, tensor.detach(), model, prepared).target(), output=place)
@@ -78,6 +85,23 @@ def pick(request: Request, output: object, model: Model, prepared: Prepared) -> 
         )
     scores = [float(v) for v in logits[0].detach()]
     return replace(parse_target(wish.classes, model.labels, model.link, scores), output=place)
+
+
+def _check_no_box(wish: Asked, output: object, place: str) -> None:
+    """Refuse the heads and the boxes of a network that is not known as a detector.
+
+    Raises:
+        UsageError: with what to do.
+    """
+    numbered = wish.place == "box" and wish.where.isdecimal()
+    heads = isinstance(output, Mapping) and CLASSES in output and BOXES in output
+    if not (numbered or re.fullmatch(r"box:.*", wish.classes) or (heads and not place)):
+        return
+    raise UsageError(
+        f"expected a detector whose anchors are known for the target {wish.whole!r}, got a network "
+        f"that puts out {what(output)}; hand over MONAI's RetinaNetDetector, or "
+        f"med_gradcam.detector(network, anchors)."
+    )
 
 
 # ---------------------------------------------------------------------------------- the checks

@@ -58,3 +58,8 @@ fi
 # The torch that is there stays, whatever constraints.txt would pick.
 echo "torch==$torch" >>"$pins"
 "${pip[@]}" install --quiet -c "$pins" -e ".${extras:+[$extras]}"
+
+# nnU-Net's own networks, for the tests alone: what it asks for beside them (timm, torchvision) is not needed to build one.
+if [[ ",$extras," == *,dev,* ]]; then
+    "${pip[@]}" install --quiet --no-deps dynamic-network-architectures==0.4.4
+fi

@@ -17,7 +17,12 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
-        ("zscore", ((1.0,),), "intensity step of clip, scale, normalise, quantile_scale, got 'zs"),
+        ("z", ((1.0,),), r"intensity step of clip, scale, threshold, .*zscore, got 'z'"),
+        ("zscore", ((1.0,),), "expected 2 arguments for the intensity step 'zscore', got 1"),
+        ("zscore", ((1.0,), (2.0,)), "expected 0 or 1 as the switches of zscore, got 1.0 and 2.0"),
+        ("minmax_scale", ((1.0,), (1.0,)), "expected minmax_scale low < high, got 1.0 and 1.0"),
+        ("normalise_nonzero", ((0.0,), (0.0,)), "standard deviations other than 0"),
+        ("threshold", ((0.0,), (1.0,)), "expected 3 arguments for the intensity step 'threshold'"),
         ("clip", ((1.0,),), "expected 2 arguments for the intensity step 'clip', got 1"),
         ("scale", (), "expected 1 arguments for the intensity step 'scale', got 0"),
         ("clip", ((), (1.0,)), "arguments for the intensity step 'clip'"),
@@ -43,6 +48,7 @@ def test_no_step(name: str, arguments: Any, says: str) -> None:
         ({"spacing_mm": (1.0, -1.0, 1.0)}, "three positive numbers as spacing_mm"),
         ({"spacing_mm": (1.0, NAN, 1.0)}, "three positive numbers as spacing_mm"),
         ({"min_patch": (0, 1, 1)}, "three positive numbers as min_patch"),
+        ({"interpolation": "sinc"}, "an interpolation of linear, cubic, got 'sinc'"),
         ({"intensity": (["clip", -1, 1],)}, "expected intensity steps as Step"),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from med_gradcam.errors import ImageError, UsageError
 from med_gradcam.geometry import Geometry
-from med_gradcam.model import InputSpec, Model, Step
+from med_gradcam.model import InputSpec, Model, Ready, Step
 from med_gradcam.prepare import apply_steps, fit_steps, parse_point, prepare
 from tests.tiny import ORDERS, affine_of, grids, volume
 
@@ -249,6 +249,138 @@ def test_quantiles_after_a_clip_are_those_of_the_clipped_scan() -> None:
 def test_a_step_that_was_not_fitted_is_refused() -> None:
     with pytest.raises(ImageError, match="expected fitted intensity steps, got 'quantile_scale'"):
         apply_steps(np.ones((1, 1, 1, 1), np.float32), (Step("quantile_scale", ((0.0,), (1.0,))),))
+
+
+def test_a_zscore_of_what_is_not_zero_leaves_zero() -> None:
+    random = np.random.default_rng(0)
+    raw = random.normal([[[[40]]], [[[-7]]]], [[[[5]]], [[[2]]]], (2, 6, 6, 6)).astype(np.float32)
+    raw[:, :2] = 0
+    together, apart = (
+        apply_steps(raw, fit_steps(raw, (Step("zscore", ((1.0,), (each,))),)))
+        for each in (0.0, 1.0)
+    )
+    for made in (together, apart):
+        assert (made[:, :2] == 0).all()
+    assert apart[:, 2:].mean(axis=(1, 2, 3)) == pytest.approx((0, 0), abs=1e-5)
+    assert apart[:, 2:].std(axis=(1, 2, 3)) == pytest.approx((1, 1), abs=1e-5)
+    assert together[:, 2:].mean() == pytest.approx(0, abs=1e-5)
+    assert together[:, 2:].std() == pytest.approx(1, abs=1e-5)
+    assert together[0, 2:].mean() > 0.9  # two channels on one scale stay apart
+
+
+def test_a_zscore_of_everything() -> None:
+    raw = np.arange(27, dtype=np.float32).reshape(1, 3, 3, 3)
+    made = apply_steps(raw, fit_steps(raw, (Step("zscore", ((0.0,), (0.0,))),)))
+    assert made == pytest.approx((raw - 13) / np.std(np.arange(27)), abs=1e-5)
+    flat = np.full((1, 2, 2, 2), 5, np.float32)  # nothing to divide by: no NaN
+    assert (apply_steps(flat, fit_steps(flat, (Step("zscore", ((0.0,), (0.0,))),))) == 0).all()
+
+
+def test_the_whole_range_is_scaled() -> None:
+    raw = np.array([-50, 0, 150], dtype=np.float32).reshape(1, 3, 1, 1)
+    made = apply_steps(raw, fit_steps(raw, (Step("minmax_scale", ((-1.0,), (1.0,))),)))
+    assert made.ravel() == pytest.approx([-1, -0.5, 1], abs=1e-6)
+    with pytest.raises(ImageError, match="contrast, got equal smallest and largest value: 7"):
+        fit_steps(np.full((1, 2, 2, 2), 7, np.float32), (Step("minmax_scale", ((0.0,), (1.0,))),))
+
+
+@pytest.mark.parametrize(("above", "want"), [(1.0, [9, 9, 5]), (0.0, [1, 9, 9])])
+def test_a_threshold_replaces_the_others(above: float, want: list[float]) -> None:
+    raw = np.array([1, 3, 5], dtype=np.float32).reshape(1, 3, 1, 1)
+    made = apply_steps(raw, (Step("threshold", ((3.0,), (above,), (9.0,))),))
+    assert made.ravel().tolist() == want
+    assert made.dtype == np.float32
+
+
+def test_steps_are_measured_on_the_whole_scan_and_not_on_the_patch() -> None:
+    scan = ramp((12, 12, 12), "LPS")
+    step = Step("minmax_scale", ((0.0,), (1.0,)))
+    spec = {"axes": "LPS", "patch": (4, 4, 4), "intensity": (step,)}
+    made = prepare(scan, model(**spec), at="ijk:6,6,6").network_input()
+    low, high = float(scan.array.min()), float(scan.array.max())
+    assert made == pytest.approx((scan.array[:, 4:8, 4:8, 4:8] - low) / (high - low), abs=1e-5)
+    assert made.max() < 0.9  # measured on the patch it would be 1
+
+
+def test_cubic_interpolation_follows_a_curve() -> None:
+    x = np.linspace(0, 3 * np.pi, 40)
+    wave = np.broadcast_to(np.sin(x)[:, None, None], (40, 4, 4)).astype(np.float32)
+    spec = {"axes": "RAS", "spacing_mm": (0.5, 1, 1)}
+    errors = []
+    for how in ("linear", "cubic"):
+        made = prepare(volume(wave), model(**spec, interpolation=how))
+        at = made.grid.world_ras(np.stack([np.arange(80), np.zeros(80), np.zeros(80)], axis=1))
+        wanted = np.sin(at[8:-8, 0] * x[1])
+        errors.append(float(np.abs(made.raw[0, 8:-8, 2, 2] - wanted).max()))
+        assert any(f"spacing ({how})" in note for note in made.notes)
+    assert errors[1] < errors[0] / 10
+
+
+def test_intensity_before_the_change_of_spacing() -> None:
+    array = np.zeros((8, 4, 4), np.float32)
+    array[4:] = 100
+    step = (Step("clip", ((0.0,), (10.0,))),)
+    spec = {"axes": "RAS", "spacing_mm": (0.7, 1, 1), "intensity": step}
+    first = prepare(volume(array), model(**spec, intensity_first=True))
+    last = prepare(volume(array), model(**spec))
+    assert last.exact is None
+    assert first.exact is not None
+    assert np.array_equal(first.raw, last.raw)
+    edge = (first.raw > 10) & (first.raw < 99)
+    assert edge.any()
+    assert first.network_input()[edge] == pytest.approx(first.raw[edge] / 10)  # a share of 10
+    assert (last.network_input()[edge] == 10).all()
+    # a reference keeps what it does not replace, and goes through the steps elsewhere
+    reference = first.raw.copy()
+    reference[0, :3] = 40
+    made = first.network_input(reference)
+    assert (made[0, :3] == 10).all()
+    assert np.array_equal(made[0, 3:], first.network_input()[0, 3:])
+
+
+def test_a_recipe_says_where_its_voxels_lie() -> None:
+    scan = ramp((10, 9, 8), "LPS", (1.0, 1.5, 2.0))
+    seen: list[Geometry] = []
+
+    def recipe(array: Any, spacing: tuple[float, float, float]) -> Ready:
+        assert spacing == pytest.approx((1.5, 1.0, 2.0))
+        raw = np.ascontiguousarray(array[:, 2::2, 1:, ::3], dtype=np.float32)
+        return Ready(
+            raw,
+            raw / np.float32(7),
+            (2.0, 1.0, 0.0),
+            (2.0, 1.0, 3.0),
+            (Step("scale", ((1 / 7,),)),),
+        )
+
+    def on(grid: Geometry) -> Any:
+        seen.append(grid)
+        return recipe
+
+    for how in ({"recipe": recipe}, {"recipe_on": on}):
+        prepared = prepare(scan, model(axes="ARS", **how))
+        assert prepared.raw[0] == pytest.approx(ramp_of(prepared.grid), abs=1e-4)
+        assert prepared.network_input() == pytest.approx(prepared.raw / 7)
+    assert [grid.axcodes for grid in seen] == ["ARS"]
+
+
+def test_padding_of_the_networks_own() -> None:
+    scan = ramp((4, 9, 9), "LPS")
+    spec = {"axes": "LPS", "patch": (7, 7, 7), "padding": 0.0}
+    step = (Step("normalise", ((5.0,), (2.0,))),)
+
+    def recipe(array: Any, spacing: Any) -> Ready:
+        raw = np.ascontiguousarray(array, dtype=np.float32)
+        return Ready(raw, apply_steps(raw, step), (0.0,) * 3, (1.0,) * 3, step)
+
+    prepared = prepare(scan, model(**spec, recipe=recipe), at="ijk:1,4,4")
+    assert prepared.beside is not None
+    assert prepared.beside.sum() == 3 * 49
+    assert (prepared.network_input()[0][prepared.beside] == 0).all()
+    reference = np.full_like(prepared.raw, 9.0)
+    made = prepared.network_input(reference)[0]
+    assert (made[prepared.beside] == 0).all()
+    assert (made[~prepared.beside] == 2).all()
 
 
 # ---------------------------------------------------------------------------------------- points

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from med_gradcam import gradient_free
 from med_gradcam.checkup import maps, network, places
 from med_gradcam.checkup.facts import Facts, gather, modes_of
 from med_gradcam.checkup.rows import VERDICTS, Row, mm
@@ -65,6 +66,7 @@ def doctor(model: object, image: object, **settings: Any) -> Checkup:
     training, modes = modes_of(net) if isinstance(net, torch.nn.Module) else ((), [])
     others = settings.get("inputs")
     inputs = 1 if not others else 1 + sum(value is not ... for value in others)
+    gradient_free.check_gradient(net, "a check-up")
     with opened(image, model, settings) as case:
         check_one_layer(case, "a check-up")
         facts = gather(case, training, modes, inputs)

@@ -147,7 +147,7 @@ def _check_places(ordered: Sequence[Slice], position: Array, depth: Array) -> No
         raise ImageError(
             f"expected one slice per position, got {counts[0]} at each of {len(counts)} positions: "
             f"this is a 4D series (time points, echoes or phases), {len(ordered)} files; put the "
-            f"slices of one volume into a folder of their own."
+            f"slices of one volume into a folder of their own (--each-time takes several folders)."
         )
     first = int(starts[int(np.argmax(counts > 1))])
     names = [s.name for s in ordered[first : first + int(counts.max())]]

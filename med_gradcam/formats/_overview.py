@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from med_gradcam.explanation import Explanation
 from med_gradcam.formats import _canvas, _panel, _words
-from med_gradcam.formats._scene import Peak, Scene
+from med_gradcam.formats._scene import Frame, Peak, Scene
 from med_gradcam.geometry import point_words
 from med_gradcam.maps import Side
 from med_gradcam.projection import VIEWS, View, slice_scan
@@ -117,6 +117,10 @@ def _view(
     panel = _panel.picture(field, layers)
     if scene.patch:
         _panel.outline(panel, field, seen)
+    for frame in reversed(scene.frames):  # the explained one last, on top
+        box = _panel.seen_box(plane, frame.corners)
+        if box[0, 2] - 0.5 <= at <= box[1, 2] + 0.5:
+            _panel.box_frame(panel, field, box, frame_words(frame), bright=frame.explained)
     if pointed:
         _panel.reticle(panel, field.pixel(row, column))
     _panel.finish(panel, field, view)
@@ -127,11 +131,16 @@ def _view(
     return panel
 
 
+def frame_words(frame: Frame) -> str:
+    """The number of a box; nothing for one that the detector did not keep."""
+    return str(frame.box.number) if frame.box.number else ""
+
+
 def _legend(image: Image.Image, at: tuple[int, int], room: int, scene: Scene) -> None:
     """The colour bars, one below the other."""
     x, y = at
     scale, unit = scene.maps.signed.scale, scene.maps.signed.unit
-    height = min(_BAR, room // len(scene.sides) - _BAR_TOP - 40)
+    height = min(_BAR, room // len(scene.sides) - _BAR_TOP - 40 - 30 * bool(scene.frames))
     for side in scene.sides:
         y = _canvas.colour_bar(image, (x, y), height, side, scale, unit) + 26
     width = _canvas.LEGEND_WIDTH - _canvas.MARGIN
@@ -141,3 +150,15 @@ def _legend(image: Image.Image, at: tuple[int, int], room: int, scene: Scene) ->
     for words in missing:
         lines = _canvas.wrapped(words, _canvas.SMALL, width)
         y = _canvas.write_lines(image, (x, y), _canvas.quiet(lines), _canvas.SMALL)
+    box_key(image, (x, y), scene)
+
+
+def box_key(image: Image.Image, at: tuple[int, int], scene: Scene) -> int:
+    """What the green frames are, with a sample of each; returns the lower end."""
+    x, y = at
+    keys = [("the explained box", _panel.BOX), ("the detector's others", _panel.BOX_OTHER)]
+    for words, colour in keys[: len(scene.frames)]:
+        ImageDraw.Draw(image).rectangle((x, y + 3, x + 16, y + 15), outline=colour)
+        _canvas.write(image, (x + 24, y + 1), words, _canvas.SMALL)
+        y += 22
+    return y

@@ -20,6 +20,7 @@ from med_gradcam.maps import Side
 from med_gradcam.projection import Plane
 
 FRAME = (222, 222, 222)
+BOX, BOX_OTHER = (80, 240, 170), (50, 180, 130)  # the explained box of a detector, and the others
 _EMPTY_GREY, _GRID_GREY = 26, 48
 _GRID_MM = (10, 20, 50, 100, 200)
 _INSET_SHARE = 0.24
@@ -156,12 +157,29 @@ def _empty(field: Field) -> paint.Bytes:
     return np.where(inside, drawn, 0).astype(np.uint8)
 
 
-def outline(image: Image.Image, field: Field, seen: Box) -> None:
-    """A thin frame around a box (row, column, ...), where its sides lie in the picture."""
+def box_frame(image: Image.Image, field: Field, seen: Box, words: str, *, bright: bool) -> None:
+    """A detector's box (row, column, ...) in green, with its number at the upper left corner."""
+    colour = BOX if bright else BOX_OTHER
+    outline(image, field, seen, (0, 0, 0), 1)
+    outline(image, field, seen, colour)
+    left, top = (round(v) for v in field.pixel(seen[0, 0], seen[0, 1]))
+    if words and 0 <= left < image.width - 20 and 16 <= top < image.height:
+        _canvas.write_over(image, (left + 1, top - 3), words, _canvas.SMALL, "ls")
+
+
+def outline(
+    image: Image.Image,
+    field: Field,
+    seen: Box,
+    colour: tuple[int, int, int] = FRAME,
+    outside: int = 0,
+) -> None:
+    """A thin frame around a box (row, column, ...), `outside` pixels out of its sides."""
     left, top = field.pixel(seen[0, 0], seen[0, 1])
     right, bottom = field.pixel(seen[1, 0], seen[1, 1])
-    sides = (round(left), round(top), round(right), round(bottom))
-    ImageDraw.Draw(image).rectangle(sides, outline=FRAME)
+    o = outside
+    sides = (round(left) - o, round(top) - o, round(right) + o, round(bottom) + o)
+    ImageDraw.Draw(image).rectangle(sides, outline=colour)
 
 
 def reticle(image: Image.Image, at: tuple[float, float]) -> None:

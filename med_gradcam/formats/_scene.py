@@ -13,6 +13,7 @@ from med_gradcam.formats import _panel, _words
 from med_gradcam.geometry import Geometry, point_words, side_words
 from med_gradcam.maps import Heatmap, Maps, Side
 from med_gradcam.projection import VIEWS, Plane, View, plane_of
+from med_gradcam.target import Box
 
 _OBLIQUE_DEGREES = 2.0
 # Evidence outside the scan is mentioned from this share of all evidence on.
@@ -35,6 +36,15 @@ class Peak:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """A detector's box in a picture: its corners (2, 3) as indices of the scan's voxels."""
+
+    box: Box
+    corners: _panel.Box
+    explained: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Scene:
     """One explanation, ready to be drawn."""
 
@@ -47,6 +57,7 @@ class Scene:
     patch: bool
     planes: dict[View, Plane]
     peaks: tuple[Peak, ...]
+    frames: tuple[Frame, ...] = ()
 
     @property
     def grid(self) -> Geometry:
@@ -79,6 +90,7 @@ class Scene:
             notes.append(f"{backdrop} in grey, {self.window.name} window ({low} to {high}{unit})")
         if self.patch:
             notes.append(_words.BOX_WORDS)
+        notes += _words.frames([frame.box for frame in self.frames])
         lost = sum(heatmap.outside_image for heatmap in self.sides.values())
         if lost > _LOST_SHARE * (self.explanation.sum_for + self.explanation.sum_against):
             amount = f"{_words.number(lost)} {self.explanation.unit}"
@@ -116,7 +128,20 @@ def scene(bundle: Bundle) -> Scene:
         patch,
         {view: plane_of(grid, view) for view in VIEWS},
         tuple(peak for peak in found if peak is not None),
+        _frames(bundle.explanation, grid),
     )
+
+
+def _frames(explanation: Explanation, grid: Geometry) -> tuple[Frame, ...]:
+    """The boxes of a detector, the explained one first."""
+    region = explanation.target.region
+    order = ["RLAPSI".index(letter) // 2 for letter in grid.axcodes]
+    made = []
+    for n, box in enumerate(() if region is None else region.boxes):
+        half = np.array([box.size_mm[axis] for axis in order]) / grid.spacing_mm / 2
+        middle = grid.index_ijk(box.centre_ras_mm)
+        made.append(Frame(box, np.stack((middle - half, middle + half)), n == 0))
+    return tuple(made)
 
 
 def _inside(scan: _panel.Array, box: _panel.Box) -> _panel.Array:

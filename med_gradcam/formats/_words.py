@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from med_gradcam.calibration import ALL_LAYERS, Calibration
 from med_gradcam.explanation import Explanation
 from med_gradcam.maps import Side
 from med_gradcam.summary import NO_SIGN, status_words
-from med_gradcam.target import Target
+from med_gradcam.target import Box, Target
 
 RESEARCH_USE = "Research use. Not for diagnostic use."
 # What a colour means, on its bar.
@@ -133,9 +134,23 @@ def scale(calibration: Calibration) -> str:
     """Where the colour scale comes from."""
     if calibration.of_case and calibration.layer == ALL_LAYERS:
         return "colour scale: this case only, the same for all layers"
+    if calibration.of_case and calibration.layer.startswith("all "):  # such as all time points
+        return f"colour scale: this case only, the same for {calibration.layer}"
     if calibration.of_case:
         return "colour scale: this case only (model not calibrated)"
     return f"colour scale: fixed for this model (learnt from {calibration.volumes} scans)"
+
+
+def frames(boxes: Sequence[Box]) -> list[str]:
+    """What the frames of a detector's boxes are, the explained one first; nothing without any."""
+    if not boxes:
+        return []
+    first, others = boxes[0], len(boxes) - 1
+    name = f"box {first.number}" if first.number else "box"
+    said = [f"bright green frame: the explained {name} ({clean(first.label, 24)})"]
+    if others:
+        said.append(f"dark green frames: the detector's {others} other box{'es' * (others > 1)}")
+    return said
 
 
 def nothing(calibration: Calibration, side: Side | None = None) -> str:

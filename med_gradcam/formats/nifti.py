@@ -41,19 +41,55 @@ def read(path: Path) -> Volume:
         ImageError: truncated, not three-dimensional, without orientation, or not of real numbers.
     """
     image = _open(path)
-    shape = image.shape
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 2:
-        kind = "a two-dimensional image" if len(shape) < 3 or min(shape) < 2 else "several volumes"
+    shape = _shape(image, path)
+    if len(shape) > 3:
         raise ImageError(
-            f"expected one volume (three axes), got {kind} of shape {image.shape} in "
+            f"expected one volume (three axes), got several volumes of shape {shape} in "
+            f"{path.name!r}; say which one (--time N or read(path, time=N), from 1 to {shape[3]}), "
+            f"or explain each of them (--each-time, or read_series and explain_series)."
+        )
+    return _volume(_voxels(image, path).reshape(shape), _affine(image, path), path)
+
+
+def read_all(path: Path) -> list[Volume]:
+    """All volumes of a file (I, J, K) or (I, J, K, T), in order, each (1, I, J, K).
+
+    Raises:
+        ImageError: as read(), but for several volumes.
+    """
+    image = _open(path)
+    shape = _shape(image, path)
+    placed = _affine(image, path)
+    array = _voxels(image, path).reshape(shape if len(shape) > 3 else (*shape, 1))
+    found = []
+    for n in range(array.shape[3]):
+        try:
+            found.append(_volume(np.ascontiguousarray(array[..., n]), placed, path))
+        except ImageError as error:
+            raise ImageError(f"volume {n + 1} of {array.shape[3]}: {error}") from error
+    return found
+
+
+def _shape(image: Any, path: Path) -> tuple[int, ...]:
+    """The shape (I, J, K), or (I, J, K, T) of several volumes; axes of one entry are left out."""
+    shape = tuple(int(n) for n in image.shape)
+    space, more = shape[:3], [n for n in shape[3:] if n != 1]
+    if len(space) != 3 or min(space) < 2 or len(more) > 1:
+        kind = "several axes beside space" if len(more) > 1 else "a two-dimensional image"
+        raise ImageError(
+            f"expected one volume (three axes), or several (four), got {kind} of shape {shape} in "
             f"{path.name!r}; extract one volume, or give the channels as separate files."
         )
-    affine, notes = _affine(image, path)
-    array = _voxels(image, path).reshape(shape)
+    return (*space, *more)
+
+
+def _volume(
+    array: npt.NDArray[Any], placed: tuple[npt.NDArray[np.float64], tuple[str, ...]], path: Path
+) -> Volume:
+    affine, notes = placed
+    i, j, k = array.shape
     try:
-        grid = Geometry((shape[0], shape[1], shape[2]), affine)
+        grid = Geometry((i, j, k), affine)
         source = Source("nifti", digest(array[None], grid), (str(path),), notes=notes)
         return Volume(array[None], grid, None, "a.u.", source)
     except (ImageError, GeometryError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,15 @@ from PIL import Image
 from med_gradcam import paint
 from med_gradcam.bundle import Bundle
 from med_gradcam.formats import _canvas, _panel, _words
-from med_gradcam.formats._overview import header_lines, overview, title_row
+from med_gradcam.formats._overview import (
+    box_key,
+    frame_words,
+    header_lines,
+    overview,
+    title_row,
+)
 from med_gradcam.formats._scene import Scene, scene
+from med_gradcam.formats._store import store
 from med_gradcam.maps import Side
 from med_gradcam.projection import VIEWS, Plane, Projection, View, project, project_scan
 
@@ -51,12 +57,12 @@ def save(bundle: Bundle, folder: Path) -> list[Path]:
         UsageError: the scan lies on another grid than the maps.
     """
     ready = scene(bundle)
-    written = [_store(overview(ready), folder / "overview.png")]
+    written = [store(overview(ready), folder / "overview.png")]
     for view in VIEWS:
         backdrops = _backdrops(ready, ready.planes[view])
         for side, heatmap in ready.sides.items():
             page = mip(ready, project(heatmap, view), side, backdrops)
-            written.append(_store(page, folder / f"mip_{view}_{side}.png"))
+            written.append(store(page, folder / f"mip_{view}_{side}.png"))
     return written
 
 
@@ -86,9 +92,10 @@ def mip(
     for panel in panels:
         image.paste(panel, (x, body))
         x += panel.width + _GAP
-    bar = min(300, panels[0].height - 90)
+    bar = min(300, panels[0].height - 90 - 50 * bool(ready.frames))
     heatmap = ready.sides[side]
-    _canvas.colour_bar(image, (legend, body), bar, side, heatmap.scale, heatmap.unit)
+    end = _canvas.colour_bar(image, (legend, body), bar, side, heatmap.scale, heatmap.unit)
+    box_key(image, (legend, end + 18), ready)
     _canvas.write_lines(image, (_canvas.MARGIN, foot), _canvas.quiet(notes), _canvas.SMALL)
     return image
 
@@ -111,6 +118,9 @@ def _panels(
         panel = _panel.picture(field, layers)
         if ready.patch:
             _panel.outline(panel, field, seen)
+        for frame in reversed(ready.frames):
+            box = _panel.seen_box(plane, frame.corners)
+            _panel.box_frame(panel, field, box, frame_words(frame), bright=frame.explained)
         _panel.finish(panel, field, caption if len(fields) > 1 else "")
         panels.append(panel)
     if ready.peak(side) is None:
@@ -154,12 +164,3 @@ def _stretched(mean: _panel.Array) -> paint.Window:
     low, high = np.percentile(mean, _BACKDROP_PERCENTILES).tolist()
     width = max((high - low) / _BACKDROP_WHITE, 1e-6)
     return paint.Window(low + width / 2, width, "mean")
-
-
-def _store(image: Image.Image, path: Path) -> Path:
-    """Write a PNG with nothing but pixels in it."""
-    with path.open("wb") as file:
-        image.save(file, format="PNG", compress_level=2)
-        file.flush()
-        os.fsync(file.fileno())
-    return path

@@ -6,7 +6,8 @@ of the score, see explanation.Measure), LEVEL ("layer", or "input" for methods w
 voxels of the network's input), BESIDE (whether a method at the input also needs the capture of a
 layer), USES_REFERENCE, PROMISES_SUM and `evidence(capture, bound)`; REFERENCES, words, if it
 compares with more than the reference input; and REST, what the part of the score that its map
-leaves out does, if that is not to flow past the layer.
+leaves out does, if that is not to flow past the layer; NEEDS_GRADIENT = False, of a method at
+the input that predictions are enough for.
 """
 
 from __future__ import annotations

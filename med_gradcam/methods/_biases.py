@@ -22,8 +22,10 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from med_gradcam.errors import CannotExplainError
+from med_gradcam.forms import Form, derived
 from med_gradcam.places import Places
-from med_gradcam.receptive import RULES, Known, Lattice, aten, follow, lattice, of_input
+from med_gradcam.receptive import RULES, Lattice, aten, lattice, of_input
+from med_gradcam.tokens import Followed, Known, follow
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _TRANSPOSED = tuple(name.replace("conv", "conv_transpose") for name in _CONVOLUTIONS)
@@ -56,6 +58,7 @@ class Biases(TorchFunctionMode):
     def begin(self, x: torch.Tensor) -> None:
         """Name the network's input (1, C, I, J, K)."""
         self.followed.places[x] = of_input(x.shape)
+        self.followed.extent = tuple(x.shape[2:])
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -94,17 +97,20 @@ class Biases(TorchFunctionMode):
 
     def _watch(self, result: torch.Tensor, bias: torch.Tensor) -> None:
         """Add up bias times gradient once the gradient of a result is known."""
-        cells = _cells(self.followed.places.get(result))
-        shape = result.shape[-3:]
+        seen = _cells(result, self.followed)
+        shape = torch.Size(() if seen is None else seen[1])
 
         def add(gradient: torch.Tensor) -> None:
             amounts = gradient.double() * bias
-            if cells is None or shape.numel() == 1:
+            if seen is None or shape.numel() == 1:
                 self.no_place += float(amounts.sum())
                 return
+            cells, _, form = seen
             key = ((cells.start, cells.jump), shape)
             before = self.placed.get(key)
-            summed = amounts.reshape(-1, *shape).sum(0)
+            placed = amounts if form is None else form.cells(amounts)
+            self.no_place += float(amounts.sum() - placed.sum()) if form and form.rest else 0.0
+            summed = placed.reshape(-1, *shape).sum(0)
             self.placed[key] = summed if before is None else before + summed
 
         result.register_hook(add)
@@ -133,6 +139,7 @@ class _Followed(_Counted):
     def __init__(self) -> None:
         super().__init__()
         self.places: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.extent: tuple[int, ...] = ()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -150,23 +157,37 @@ class _Followed(_Counted):
 
 def _followed(
     packet: Any, args: tuple[Any, ...], known: Known, out: torch.Tensor, turn: int
-) -> Places | None:
+) -> Followed | None:
     """The places of a result, also of picked channels and of their logsumexp, as in log-odds."""
     first, places = known[0]
+    if not isinstance(places, Places):
+        return follow(packet, args, known, out, turn)
     if packet is aten.logsumexp and first is args[0]:
         return RULES[aten.mean](places, args, out)
     if packet is aten.index and first is args[0]:
         dims = [n for n, picked in enumerate(args[1]) if picked is not None]
-        if len(dims) == 1 and out.ndim == first.ndim:  # picked places lie unevenly: no lattice
-            return places.averaged(dims[0], out.shape[dims[0]])
+        if len(dims) == 1 and out.ndim == first.ndim:
+            picked = places.steps(dims[0])  # picked places lie anywhere: no lattice
+            return None if picked else places.averaged(dims[0], out.shape[dims[0]])
     return follow(packet, args, known, out, turn)
 
 
-def _cells(places: Places | None) -> Lattice | None:
-    """The cells of (1, C, i, j, k), and of a map (1, i, j, k) or (i, j, k) made from one."""
-    if places is None or len(places.dims) not in (3, 4, 5):
+def _cells(
+    result: torch.Tensor, followed: _Followed
+) -> tuple[Lattice, tuple[int, ...], Form | None] | None:
+    """The cells of a result, how many there are along each axis, and the form they are seen in.
+
+    Also of a map (1, i, j, k) or (i, j, k) made from (1, C, i, j, k).
+    """
+    places = followed.places.get(result)
+    if isinstance(places, Places) and len(places.dims) in {3, 4, 5}:
+        own = lattice(replace(places, dims=((),) * (5 - len(places.dims)) + places.dims))
+        if own is not None:
+            return own, tuple(result.shape[-3:]), None
+    found = derived(result.shape, places, followed.extent)
+    if found is None or found[0] is None or found[1] is None:
         return None
-    return lattice(replace(places, dims=((),) * (5 - len(places.dims)) + places.dims))
+    return found[1], found[0].counts[1:], found[0]
 
 
 @cache

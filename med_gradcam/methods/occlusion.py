@@ -34,6 +34,7 @@ LEVEL: Literal["layer", "input"] = "input"
 BESIDE = False
 USES_REFERENCE = True
 PROMISES_SUM = False
+NEEDS_GRADIENT = False
 
 SPLITS = 4  # patches along an axis at first
 REFINEMENTS = 2

@@ -41,6 +41,7 @@ LEVEL: Literal["layer", "input"] = "input"
 BESIDE = False
 USES_REFERENCE = True
 PROMISES_SUM = False
+NEEDS_GRADIENT = False
 
 CELLS = 5  # cells along an axis; fewer where it has fewer voxels
 FEWEST, MOST = 2, 8  # blocks

@@ -1,4 +1,4 @@
-"""A model as a folder: spec.json says what it is, weights.safetensors holds its weights.
+"""A model as a folder: spec.json says what it is, weights.safetensors or weights.pt its weights.
 
 Format `med-gradcam-model/1`. Nothing in the folder is executed: layers are named in an allow-list,
 weights are plain numbers. `layers` is a list of [name, arguments] for one nn.Sequential, where name
@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from med_gradcam.calibration import Calibration
-from med_gradcam.errors import MedGradcamError, ModelError, ResourceError
-from med_gradcam.model import InputSpec, Model, parse_steps
+from med_gradcam.errors import ModelError, ResourceError
+from med_gradcam.model import Model
+from med_gradcam.models import _spec, _state_dict
 from med_gradcam.running import first_line, is_memory
 
-TITLE = "folder with spec.json + weights.safetensors (med-gradcam-model/1), nothing is executed"
-FORMAT = "med-gradcam-model/1"
+TITLE = (
+    "folder with spec.json + weights.safetensors or weights.pt (med-gradcam-model/1), nothing is "
+    "executed"
+)
+FORMAT, _input = _spec.FORMAT, _spec.input_of
 
 _LAYERS = frozenset(
     """
@@ -62,123 +64,21 @@ def load(path: str, trust: Collection[str] = ()) -> Model:
     """
     del trust  # nothing here needs any
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    spec = _read_spec(folder / "spec.json")
+    spec = _spec.read(folder / "spec.json")
     net = _network(spec, folder)
     weights = folder / "weights.safetensors"
-    digest = _load_weights(net, weights)
-    try:
-        return Model(
-            net=net.eval(),
-            input=_input(_key(spec, "input", dict, folder), folder),
-            labels=tuple(str(label) for label in _key(spec, "labels", list, folder)),
-            link=_key(spec, "link", str, folder),  # checked by Model
-            name=str(spec.get("name", "unnamed network")),  # a folder may be named after a patient
-            weights_sha256=digest,
-            licence=str(spec.get("licence", "not stated")),
-            task=str(spec.get("task", "classification")),
-            aliases=_aliases(_optional(spec, "cam_layers", {}, folder), net),
-            calibration=_calibration(_optional(spec, "calibration", [], folder), net),
-        )
-    except MedGradcamError as error:
-        raise ModelError(f"{_name(folder / 'spec.json')}: {error}") from error
-
-
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
-
-
-def _read_spec(path: Path) -> dict[str, Any]:
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"expected a spec.json in the model folder, found none: {path}."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"expected readable JSON in {_name(path)}, got: {error}.") from error
-    if not isinstance(spec, dict) or spec.get("format") != FORMAT:
-        got = spec.get("format") if isinstance(spec, dict) else type(spec).__name__
-        raise ModelError(f"expected format {FORMAT!r} in {_name(path)}, got {got!r}.")
-    return spec
-
-
-def _key(spec: Mapping[str, Any], key: str, kind: type, folder: Path) -> Any:
-    if not isinstance(spec.get(key), kind):
-        raise ModelError(
-            f"expected the key {key!r} ({kind.__name__}) in {_name(folder / 'spec.json')}, "
-            f"got {spec.get(key)!r}."
-        )
-    return spec[key]
-
-
-def _optional(spec: Mapping[str, Any], key: str, default: Any, folder: Path) -> Any:
-    return _key({key: default, **spec}, key, type(default), folder)
-
-
-def _input(spec: Mapping[str, Any], folder: Path) -> InputSpec:
-    modality = _key(spec, "modality", str, folder)
-    axes = _key(spec, "axes", str, folder)
-    if "," in axes or len(axes) != 3:
-        raise ModelError(
-            f"expected a network for volumes (axes such as 'SPL'), got axes {axes!r}; "
-            f"networks for two-dimensional images cannot be explained yet."
-        )
-    channels = spec.get("channels", 1)
-    if not isinstance(channels, int):
-        raise ModelError(f"expected a whole number of channels, got {channels!r}.")
-    return InputSpec(
-        channels=channels,
-        modality=modality,
-        axes=axes,
-        patch=_triple(spec.get("patch"), int, "patch"),
-        min_patch=_triple(spec.get("min_patch"), int, "min_patch"),
-        spacing_mm=_triple(spec.get("spacing_mm"), float, "spacing_mm"),
-        intensity=parse_steps(_optional(spec, "intensity", [], folder)),
-    )
-
-
-def _triple(value: Any, kind: type, name: str) -> Any:
-    if value is None:
-        return None
-    whole = isinstance(value, list) and len(value) == 3
-    if not whole or not all(isinstance(v, (int, float)) for v in value):
-        raise ModelError(f"expected three numbers or null as {name}, got {value!r}.")
-    if kind is int and not all(float(v).is_integer() for v in value):
-        raise ModelError(f"expected three whole numbers or null as {name}, got {value!r}.")
-    return tuple(kind(v) for v in value)
-
-
-def _aliases(named: dict[Any, Any], net: torch.nn.Module) -> dict[str, str]:
-    aliases = {str(alias): str(path) for alias, path in named.items()}
-    for alias, path in aliases.items():
-        _check_layer(path, net, f"the layer {alias!r} of cam_layers")
-    return aliases
-
-
-def _check_layer(path: str, net: torch.nn.Module, what: str) -> None:
-    if path not in dict(net.named_modules()):
-        raise ModelError(f"expected {what} to name a module of the network, got {path!r}.")
-
-
-def _calibration(entries: list[Any], net: torch.nn.Module) -> tuple[Calibration, ...]:
-    try:
-        scales = tuple(Calibration(**entry) for entry in entries)
-    except TypeError as error:
-        raise ModelError(f"a calibration entry does not fit: {error}.") from error
-    for scale in scales:
-        _check_layer(scale.layer, net, "the layer of a calibration entry")
-        if scale.of_case:
-            raise ModelError("expected a calibration learnt from at least one volume, got 0.")
-    return scales
+    if not weights.is_file() and (folder / "weights.pt").is_file():
+        weights = folder / "weights.pt"
+    return _spec.model(net, spec, folder, _load_weights(net, weights))
 
 
 def _network(spec: Mapping[str, Any], folder: Path) -> torch.nn.Module:
     try:
         if "network" in spec:
             return _build(spec["network"])
-        return _sequential(_key(spec, "layers", list, folder))
+        return _sequential(_spec.key(spec, "layers", list, folder))
     except ModelError as error:
-        raise ModelError(f"{_name(folder / 'spec.json')}: {error}") from error
+        raise ModelError(f"{_spec.name_of(folder)}: {error}") from error
 
 
 def _sequential(layers: Any) -> torch.nn.Sequential:
@@ -248,18 +148,31 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def _load_weights(net: torch.nn.Module, path: Path) -> str:
     """Load the weights, all of them and no other; returns the file's SHA-256."""
+    tensors, sha256 = _read_weights(path)
+    _check_fit(net, tensors, path)
+    net.load_state_dict(tensors, strict=False)
+    return sha256
+
+
+def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    if path.suffix == ".pt":
+        return _state_dict.read(path)
     from safetensors import SafetensorError
     from safetensors.torch import load as load_tensors
 
     try:
         raw = path.read_bytes()
-        tensors = load_tensors(raw)
+        return load_tensors(raw), hashlib.sha256(raw).hexdigest()
     except OSError as error:
         raise ModelError(
-            f"expected readable weights in {_name(path)}, got: {error.strerror}."
+            f"expected readable weights in {_spec.name_of(path)}, got: {error.strerror}."
         ) from error
     except (SafetensorError, ValueError) as error:
-        raise ModelError(f"expected safetensors in {_name(path)}, got: {error}.") from error
+        raise ModelError(f"expected safetensors in {_spec.name_of(path)}, got: {error}.") from error
+
+
+def _check_fit(net: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuse weights that are not those of the network, or are no numbers."""
     wanted = net.state_dict()
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     shapes = [
@@ -281,11 +194,11 @@ def _load_weights(net: torch.nn.Module, path: Path) -> str:
             f"other shape or kind: {'; '.join(shapes[:3])}" if shapes else "",
         ]
         raise ModelError(
-            f"the weights in {_name(path)} do not fit spec.json "
+            f"the weights in {_spec.name_of(path)} do not fit spec.json "
             f"({'; '.join(p for p in parts if p)}); use the pair that was saved together."
         )
     bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if bad:
-        raise ModelError(f"expected finite weights in {_name(path)}, got NaN or inf in {bad[0]}.")
-    net.load_state_dict(tensors, strict=False)
-    return hashlib.sha256(raw).hexdigest()
+        raise ModelError(
+            f"expected finite weights in {_spec.name_of(path)}, got NaN or inf in {bad[0]}."
+        )

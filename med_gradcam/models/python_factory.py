@@ -11,13 +11,15 @@ import re
 import sys
 from collections.abc import Collection
 from dataclasses import replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from med_gradcam.errors import InputError, ModelError, UntrustedModelError
+from med_gradcam.errors import InputError, ModelError
 from med_gradcam.model import InputSpec, Model, parse_steps
+from med_gradcam.models import _trust
 
 TITLE = "Python factory module:function (runs code: needs --trust code)"
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -35,12 +37,9 @@ def load(path: str, trust: Collection[str] = ()) -> Model:
         UntrustedModelError: the user has not said --trust code.
         ModelError: the factory cannot be found, fails, or returns something else.
     """
-    if "code" not in trust:
-        raise UntrustedModelError(
-            f"{path!r} is Python code that would run with your rights; "
-            f"if you trust it, say --trust code."
-        )
     module_name, function_name = path.split(":")
+    what = f"{path!r} is Python code that would run with your rights"
+    _trust.need("code", trust, _digest(module_name), what)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
     try:
@@ -74,6 +73,18 @@ def load(path: str, trust: Collection[str] = ()) -> Model:
     )
 
 
+def _digest(module_name: str) -> str:
+    """SHA-256 of a module's own file, which is looked for without importing anything."""
+    where, found = [str(Path.cwd()), *sys.path], None
+    for part in module_name.split("."):
+        found = PathFinder.find_spec(part, where)
+        if found is None:
+            return ""
+        where = [*(found.submodule_search_locations or ())]
+    origin = Path(found.origin) if found is not None and found.origin else None
+    return _trust.digest(origin.read_bytes()) if origin is not None and origin.is_file() else ""
+
+
 def _spec(spec: Any, path: str) -> InputSpec:
     try:
         return InputSpec(**{**spec, "intensity": parse_steps(spec.get("intensity", ()))})
@@ -82,7 +93,9 @@ def _spec(spec: Any, path: str) -> InputSpec:
 
 
 def weights_digest(net: torch.nn.Module) -> str:
-    """SHA-256 over the names and values of all parameters and buffers."""
+    """SHA-256 over the names and values of all parameters and buffers; "" where there are none."""
+    if not net.state_dict():
+        return ""
     sha = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         if isinstance(tensor, torch.Tensor):

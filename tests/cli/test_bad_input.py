@@ -163,7 +163,7 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[Path], None], int, str]] = {
     "labels": (spec(labels=["a", "b", "c"]), keep, 3, "expected 3 outputs"),
     "no modality": (spec(input={"axes": "SPL"}), keep, 3, "expected the key 'modality'"),
     "no axes": (spec(input={"modality": "CT"}), keep, 3, "expected the key 'axes'"),
-    "2D network": (spec(input=given(axes="row,column")), keep, 3, "two-dimensional"),
+    "odd axes": (spec(input=given(axes="up,down")), keep, 3, "expected the axes of a volume"),
     "smallest": (
         spec(input=given(patch=None, min_patch=[32, 32, 32])),
         keep,

@@ -79,7 +79,8 @@ def _attention_unet() -> Any:
 
 
 def test_of_other_networks_too() -> None:
-    assert _names(nets.made(_vit), 16) == ["patch_embedding.patch_embeddings"]
+    embedding = "patch_embedding.patch_embeddings"  # behind blocks.2 only the class token is read
+    assert _names(nets.made(_vit), 16) == ["blocks.1", "blocks.0", "patch_embedding", embedding]
     assert _names(nets.made(_attention_unet), 16) == ["model.0"]
     assert _names(nets.made(_meshnet), 16) == ["5"]
 

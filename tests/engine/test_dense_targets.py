@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,7 @@ from scipy.special import logsumexp
 from torch import nn
 
 import med_gradcam as mg
-from med_gradcam import target_region
+from med_gradcam import findings, outputs, target_region
 from med_gradcam.cli import main
 from med_gradcam.errors import CannotExplainError, ImageError, UnknownNameError, UsageError
 from med_gradcam.geometry import Geometry, cells, reorient, reorient_array, reorientation
@@ -455,6 +457,153 @@ def test_outputs_in_proportion(shape: tuple[int, int, int], m: tuple[int, int, i
     assert high == pytest.approx(np.array(shape) - 0.5)
 
 
+@dataclass
+class Heads:
+    """What a network may put out as a dataclass."""
+
+    logits: Any
+    aux: Any = None
+
+
+class Pair(NamedTuple):
+    seg: Any
+    score: Any
+
+
+HALF = partial(nn.functional.avg_pool3d, kernel_size=2)
+NESTED: dict[
+    str, tuple[Any, str, str, float]
+] = {  # the output, where to look, what is taken, times
+    "a tensor": (lambda x: 3 * x, "", "", 3),
+    "a list, the first": (lambda x: [9 * x, 2 * x], "", "", 9),
+    "a list, the second": (lambda x: [x, 2 * x], "[1]", "[1]", 2),
+    "from the end": (lambda x: [x, 2 * x], "[-1]", "[-1]", 2),
+    "a tuple in a dict": (lambda x: {"a": (x, 4 * x)}, "a[1]", "a[1]", 4),
+    "a key that is no name": (lambda x: {"a key": x, 7: 5 * x}, "[7]", "[7]", 5),
+    "a quoted key": (lambda x: {"b": x, "a key": 6 * x}, "['a key']", "['a key']", 6),
+    "a dataclass": (lambda x: Heads(2 * x, [x]), "logits", "logits", 2),
+    "inside a dataclass": (lambda x: Heads(2 * x, [3 * x]), "aux[0]", "aux[0]", 3),
+    "a named tuple": (lambda x: Pair(7 * x, x.mean()), "seg", "seg", 7),
+    "a named tuple's first": (lambda x: Pair(7 * x, x.mean()), "", "", 7),
+    "deep supervision, fine first": (lambda x: [2 * x, HALF(x)], "", "[0]", 2),
+    "deep supervision, fine last": (lambda x: [HALF(x), 2 * x], "", "[1]", 2),
+    "three heads": (lambda x: (HALF(HALF(x)), HALF(x), 5 * x), "", "[2]", 5),
+    "in a dict": (lambda x: {"out": [HALF(x), 3 * x], "z": x}, "", "out[1]", 3),
+    "by its name": (lambda x: {"out": [HALF(x), 3 * x], "z": x}, "out", "out[1]", 3),
+    "heads of a dict": (lambda x: {"coarse": HALF(x), "fine": 4 * x}, "", "fine", 4),
+    "several as large": (lambda x: [2 * x, 3 * x, HALF(x)], "", "[0]", 2),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_outputs_by_path(name: str) -> None:
+    end, place, taken, times = NESTED[name]
+    whole = float(nets.scan()[0, 5, 8, 13])
+    made = ending(end, "0@voxel:ijk:5,8,13", output=place)
+    assert made.score == pytest.approx(times * whole, rel=1e-4)
+    assert made.target.output == taken
+    assert (f"output {taken})" in made.target.about) == bool(taken)
+
+
+def test_maps_of_several_kinds_are_no_deep_supervision() -> None:
+    two = lambda x: [HALF(x), torch.cat([x, x], dim=1)]  # noqa: E731
+    block = float(nets.scan()[0, 4:6, 8:10, 12:14].mean())
+    assert ending(two, "0@voxel:ijk:5,8,13").score == pytest.approx(block, rel=1e-4)
+    assert outputs.full_resolution([torch.ones(1, 2), torch.ones(1, 4)]) == ""
+
+
+# ------------------------------------------------------------------------------- the parts listed
+
+
+BLOBS = {
+    1: [(slice(1, 5),) * 3, (slice(8, 10),) * 3],
+    2: [(slice(12, 15), slice(2, 4), slice(5, 9))],
+}
+
+
+def blobs() -> tuple[nn.Module, Volume]:
+    """A network whose three logits are its input's three channels; stored as LPI, oblong voxels."""
+    array = np.zeros((3, 16, 16, 16), dtype=np.float32)
+    array[0] = 1.0
+    for c, places in BLOBS.items():
+        for n, place in enumerate(places):
+            array[(c, *place)] = 3.0 + n
+    net = nn.Conv3d(3, 3, 1)
+    with torch.no_grad():
+        net.weight.copy_(torch.eye(3)[:, :, None, None, None])
+        net.bias.zero_()  # type: ignore[union-attr]
+    grid = Geometry((16, 16, 16), affine_of("LPI", (1.5, 1.0, 2.0), (20, 30, 40)))
+    return nn.Sequential(nn.Identity(), net).eval(), Volume(array, grid)
+
+
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+def test_the_predicted_parts_are_listed_in_mm(link: Link) -> None:
+    net, volume = blobs()
+    labels = ("background", "liver", "tumour")
+    made = Model(net, InputSpec(channels=3), labels, link, weights_sha256="0")
+    found = mg.components(volume, made)
+    assert [c.target for c in found] == [
+        "liver@component:1", "liver@component:2", "tumour@component:1",
+    ]  # fmt: skip
+    first, last = found[0], found[2]
+    assert (first.voxels, last.voxels) == (64, 24)
+    assert first.ml == pytest.approx(64 * 3.0 / 1000)
+    middle = volume.grid.world_ras((2.5, 2.5, 2.5))
+    assert first.centre_ras_mm == pytest.approx(tuple(middle))
+    assert first.size_mm == pytest.approx((6.0, 4.0, 8.0))
+    assert last.size_mm == pytest.approx((4.5, 2.0, 8.0))
+    assert first.words == "R 16 A 28 S 35 mm (patient's right)"
+    y = volume.array.astype(np.float64)
+    for one in found:
+        c, place = labels.index(one.label), BLOBS[labels.index(one.label)][one.number - 1]
+        assert one.score == pytest.approx(odds(y, c, link)[place].mean(), rel=1e-5)
+        e = mg.explain(volume, made, target=one.target, layer="@input", method="saliency")
+        assert e.score == pytest.approx(one.score, rel=1e-5)
+        assert e.target.region is not None
+        assert e.target.region.voxels == one.voxels
+    only = mg.components(volume, made, target="background")
+    assert {c.label for c in only} == {"background"}
+    assert only[0].voxels == (16**3 - 64 - 8 - 24 if link == "softmax" else 16**3)
+
+
+def test_the_parts_of_a_coarse_head() -> None:
+    volume = nets.volume()
+    net = Ending(lambda x: [HALF(x), x]).eval()
+    fine = mg.components(volume, net, link="sigmoid")
+    coarse = mg.components(volume, net, link="sigmoid", output="[0]")
+    assert sum(c.voxels for c in fine) == int((volume.array > 0).sum())
+    assert sum(c.voxels for c in coarse) == int(
+        (volume.array[0].reshape(8, 2, 8, 2, 8, 2).mean((1, 3, 5)) > 0).sum()
+    )
+    assert coarse[0].ml == pytest.approx(coarse[0].voxels * 8 / 1000)
+
+
+def test_parts_of_what_predicts_none() -> None:
+    with pytest.raises(UsageError, match=r"segmentation network, .* got one tensor \(1, 2\)"):
+        mg.components(nets.volume(), nets.made(nets.pooled_linear))
+    with pytest.raises(UsageError, match="without a link function"):
+        mg.components(nets.volume(), model(1, "none", ("dose",)))
+    with pytest.raises(UnknownNameError, match="known class, got 'x'"):
+        mg.components(nets.volume(), model(3), target="x")
+    net = model(3)
+    with torch.no_grad():
+        net.net[-1].bias[0] += 99  # type: ignore[index]
+    assert mg.components(nets.volume(), net) == ()
+    assert findings.as_text((), "components") == "no predicted parts"
+
+
+def test_a_box_of_three_sides() -> None:
+    net = model(3)
+    y = logits(net.net, nets.scan())
+    made = explain(net, "1@box:ijk:8,8,8:4,2,6")
+    assert made.score == pytest.approx(odds(y, 1, "softmax")[6:11, 7:10, 5:12].mean(), rel=1e-4)
+    assert made.target.region is not None
+    assert made.target.region.words.startswith("a box of 4 x 2 x 6 mm around")
+    for wrong in ("4,2", "4,2,0", "4,2,x", ""):
+        with pytest.raises(UsageError, match="its side in mm, or its three sides"):
+            explain(net, f"1@box:ijk:8,8,8:{wrong}")
+
+
 def test_deep_supervision_lists_and_named_outputs() -> None:
     whole = float(nets.scan()[0, 5, 8, 13])
     place = "0@voxel:ijk:5,8,13"
@@ -688,6 +837,12 @@ def make():
 """
 
 
+def said_targets(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The targets that a command lists as JSON."""
+    assert main([*words, "--json"]) == 0
+    return [row["target"] for row in json.loads(capsys.readouterr().out)]
+
+
 def test_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -702,11 +857,14 @@ def test_the_command_line(
     words += ["--model-output", "segmentation[0]"]
     assert main([*words, "--target", "tissue@mask:mask.nii.gz"]) == 0
     said = capsys.readouterr().out
-    assert "tissue@mask: mean over the given mask (64 voxels of the network's output)" in said
+    assert "tissue@mask: mean over the given mask (64 voxels of the network's output segmen" in said
     record = json.loads((tmp_path / "out" / "explanation.json").read_text())
     assert record["target"]["output"] == "segmentation[0]"
     assert record["target"]["region"]["voxels"] == 64
     assert record["provenance"]["parameters"]["output"] == "segmentation[0]"
+    asked = ["components", *words[1:6], "--model-output", "segmentation[0]"]
+    assert main([*asked, "--most", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[0] in said_targets(asked, capsys)
     assert main([*words, "--target", "lung@mask:none.nii.gz"]) == 3
     assert "there is no 'none.nii.gz'" in capsys.readouterr().err
     assert main([*words[:-1], "head"]) == 2

@@ -537,7 +537,7 @@ def test_odd_calls_are_sentences() -> None:
         mg.explain(nets.volume(), net, affine=torch.eye(4))
     with pytest.raises(mg.MedGradcamError, match="no link beside a Model"):
         mg.explain(scan, Model(net, InputSpec()), link="sigmoid")
-    with pytest.raises(mg.MedGradcamError, match="got TorchScript"):
+    with pytest.raises(mg.MedGradcamError, match="expected a TorchScript network, got one without"):
         mg.explain(scan, torch.jit.ScriptModule())
     with pytest.raises(mg.MedGradcamError, match=r"real numbers, got a tensor of torch\.complex64"):
         mg.explain(torch.complex(scan, scan), net)

@@ -47,13 +47,14 @@ def test_the_size_of_the_scan_does_not_move_the_cells() -> None:
         assert (lattice.start, lattice.jump) == ((0.0,) * 3, (8.0,) * 3)
 
 
-def test_a_stage_that_keeps_its_channels_last_is_refused() -> None:
+def test_a_stage_that_keeps_its_channels_last_is_seen_as_cells() -> None:
     """A block of a Swin transformer puts out (1, i, j, k, C): its last axis is no place."""
     net, shape = made("SwinUNETR"), (1, 64, 64, 64)
     info = _info(net, "swinViT.layers1.0.blocks.1", shape)
-    assert info.lattice is None
-    with at_rest(net), pytest.raises(CannotExplainError, match="cannot be told"):
-        place(net, info, shape)
+    assert info.shape[1:] == (32, 32, 32)
+    with at_rest(net):
+        cells = place(net, info, shape)
+    assert (cells.how, cells.start, cells.jump) == ("exact", (0.5,) * 3, (2.0,) * 3)
 
 
 def test_subpixel_upsampling_is_followed() -> None:

@@ -429,7 +429,7 @@ class Scrambled(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("how", ["there and back", "hand-made norm"])
+@pytest.mark.parametrize("how", ["there and back", "hand-made norm", "axes swapped"])
 def test_axes_that_come_back_are_followed(how: str) -> None:
     net = nets.made(lambda: Scrambled(how))
     with at_rest(net):
@@ -449,10 +449,9 @@ def test_without_a_rule_the_probe_measures() -> None:
     assert made.uncertainty_voxels is None
 
 
-@pytest.mark.parametrize("how", ["turned", "axes swapped"])
-def test_where_neither_can_tell_the_layer_is_refused(how: str) -> None:
-    """Cells have positive jumps along the scan's axes in their order."""
-    net = nets.made(lambda: Scrambled(how))
+def test_where_neither_can_tell_the_layer_is_refused() -> None:
+    """Cells have positive jumps along the scan's axes."""
+    net = nets.made(lambda: Scrambled("turned"))
     with at_rest(net), pytest.raises(CannotExplainError, match="the place of the cells") as caught:
         place(net, _info(net), (1, SIZE, SIZE, SIZE))
     assert caught.value.reason == "placement"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import med_gradcam as mg
-from med_gradcam.errors import ModelError, UsageError
+from med_gradcam.errors import UsageError
 from tests.engine import nets
 
 SCAN = nets.volume()
@@ -40,13 +41,14 @@ def test_no_targets_are_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("frozen", [False, True])
-def test_torchscript_is_refused_by_its_name(*, frozen: bool) -> None:
+def test_torchscript_is_explained_as_its_source_is(*, frozen: bool) -> None:
     net = nets.made(nets.pooled_linear)
     made = torch.jit.trace(net, torch.rand(1, 1, 16, 16, 16))
     if frozen:
         made = torch.jit.freeze(made)
-    with pytest.raises(ModelError, match="got TorchScript, which cannot be explained yet"):
-        mg.explain(SCAN, made, target=0)
+    found = mg.explain(SCAN, made, target=0, layer="first")
+    wanted = mg.explain(SCAN, net, target=0, layer="first")
+    assert np.abs(found.evidence - wanted.evidence).max() <= 1e-6 * np.abs(wanted.evidence).max()
 
 
 def test_the_name_that_a_class_is_printed_with_names_it() -> None:

@@ -133,7 +133,7 @@ def refused(folder: Path, says: str) -> None:
     [
         ({"modality": None}, r"expected the key 'modality' \(str\)"),
         ({"axes": None}, r"expected the key 'axes' \(str\)"),
-        ({"axes": "row,column"}, "got axes 'row,column'; networks for two-dimensional images"),
+        ({"axes": "up,down"}, "expected the axes of a volume such as 'SPL', .* got axes 'up,down'"),
         ({"axes": "XYZ"}, "net/spec.json: expected axis letters"),
         ({"channels": "1"}, "expected a whole number of channels, got '1'"),
         ({"channels": 0}, "at least one input channel, got 0"),
@@ -148,7 +148,7 @@ def refused(folder: Path, says: str) -> None:
         ({"intensity": None}, r"expected the key 'intensity' \(list\)"),
         ({"intensity": ["clip"]}, r"expected intensity steps as \[name, numbers...\], got 'clip'"),
         ({"intensity": [["clip", "a", "b"]]}, "expected numbers in an intensity step, got 'a'"),
-        ({"intensity": [["zscore"]]}, "expected an intensity step of clip, scale"),
+        ({"intensity": [["median"]]}, "expected an intensity step of clip, scale"),
         ({"intensity": [["clip", float("nan"), 1]]}, "finite numbers in the intensity step"),
     ],
 )
@@ -240,9 +240,13 @@ def test_no_weights(tmp_path: Path) -> None:
     refused(folder, "expected readable weights in net/weights.safetensors, got: No such file")
 
 
-def test_a_network_for_two_dimensional_images(tmp_path: Path) -> None:
-    flat = spec()["input"] | {"axes": "row,column", "patch": [96, 96]}
-    refused(save_model(tmp_path / "net", spec(input=flat)), "two-dimensional images cannot be")
+def test_a_network_for_images_is_one_pixel_thick(tmp_path: Path) -> None:
+    flat = spec()["input"] | {"axes": "PL", "patch": [96, 96], "spacing_mm": [0.2, 0.3]}
+    found = load_model(save_model(tmp_path / "net", spec(input=flat))).input
+    assert (found.axes, found.patch, found.spacing_mm) == ("PLS", (96, 96, 1), (0.2, 0.3, 1.0))
+    tile = spec()["input"] | {"axes": "row,column", "patch": [96, 96]}
+    found = load_model(save_model(tmp_path / "tile", spec(input=tile))).input
+    assert (found.axes, found.patch) == (None, (96, 96, 1))
 
 
 # ----------------------------------------------------------------------------------------- MONAI
@@ -358,9 +362,14 @@ def test_stored_outputs_come_out_again(real_data: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_two_dimensional_network_is_refused(real_data: Path) -> None:
-    with pytest.raises(ModelError, match="networks for two-dimensional images cannot be explained"):
-        load_model(real_data / "nets" / "pcam_simple")
+def test_the_network_for_tiles_is_explained(real_data: Path) -> None:
+    import med_gradcam as mg
+
+    model = load_model(real_data / "nets" / "pcam_simple")
+    tile = np.random.default_rng(0).integers(0, 255, (3, 96, 96, 1)).astype(np.float32)
+    e = mg.explain(tile, model, layer="auto", reference="zero")
+    assert e.evidence.shape[2] == 1
+    assert abs(e.residual or 0.0) < 1e-4
 
 
 @pytest.mark.real
