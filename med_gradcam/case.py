@@ -70,6 +70,7 @@ class Case:
     moved: set[str] = field(default_factory=set)
     x: torch.Tensor | None = None
     others: observe.Known | None = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         self._settle()
@@ -99,7 +100,8 @@ class Case:
 
     def traced(self) -> tuple[torch.Tensor, Trace]:
         """The network's input (1, C, I, J, K) and its layers for inputs of that size."""
-        reference.check_contrast(self.prepared)
+        if not self.uniform:
+            reference.check_contrast(self.prepared)
         if self.x is None:
             self.x = self.tensor(self.prepared.network_input())
         if self.known is None and gradient_free.why(self.model.net):
@@ -322,7 +324,11 @@ class Case:
         return passed, refused
 
     def _guard(self, name: str, capture: Capture, traced: Trace, *, named: bool) -> None:
-        check_signal(capture)
+        try:
+            check_signal(capture)
+        except CannotExplainError as error:
+            if error.reason != "zero gradient" or not self._moves(capture):
+                raise
         if capture.beside is not None and self.method_name in MEAN_WEIGHTS:
             beside = self.info(traced, capture.beside.layer)
             check_norm_trap(capture.beside, feeds_norm=beside.feeds_norm)
@@ -335,6 +341,16 @@ class Case:
             self.cells(name)
         elif info.pointwise:
             self.notes.append(layers.OWN_PLACE.format(name))
+
+    def _moves(self, capture: Capture) -> bool:
+        """Whether a score without a gradient (a rounding step) differs for an empty input.
+
+        That is enough for methods that only predict.
+        """
+        if getattr(self.method, "NEEDS_GRADIENT", True):
+            return False
+        empty = torch.zeros_like(capture.activation)[None]
+        return float(capture.input_scores(empty)[0]) != capture.score
 
     def grid_of(self, cells: Cells, shape: Sequence[int]) -> Geometry:
         """The grid of cells (i, j, k) in the scan's world."""

@@ -115,7 +115,10 @@ def _check_map(case: Case, logits: Any, output: object) -> None:
 def _classes(case: Case, wish: str, count: int) -> list[int]:
     labels = case.model.labels
     if wish != "auto":
-        return [parse_classes(wish, labels, count)[0][0]]
+        found = parse_classes(wish, labels, count)[0]
+        if len(found) > 1:
+            raise UsageError(f"expected one class whose parts to list, got {wish!r}.")
+        return [found[0]]
     first = 1 if case.model.link == "softmax" and count > 1 else 0
     names = [class_name(labels, c) for c in range(count)]
     return [c for c in range(first, count) if names[c].casefold() != BACKGROUND]

@@ -12,7 +12,8 @@ from med_gradcam.geometry import point_words
 from med_gradcam.graph import LayerInfo, Trace, trace
 from med_gradcam.intake import as_model, eager
 from med_gradcam.layers import candidates
-from med_gradcam.model import Model
+from med_gradcam.model import InputSpec, Model
+from med_gradcam.models._averaged import Averaged
 from med_gradcam.one_slice import fitting
 from med_gradcam.outcome import NORMAL
 from med_gradcam.placement import place
@@ -22,6 +23,7 @@ from med_gradcam.tail import at_rest
 from med_gradcam.volume import Volume
 
 _TRY = (96, 96, 96)  # voxels, for networks that take any size and no scan was given
+OWN_RECIPE = "the model's own recipe"
 
 
 def of_scan(volume: Volume) -> dict[str, Any]:
@@ -55,6 +57,9 @@ def inspect(
     if not isinstance(model, Model):
         raise ModelError(f"expected a Model (med_gradcam.load_model), got {type(model).__name__}.")
     model = as_model(model, volume, None)
+    count = len(model.net.members) if isinstance(model.net, Averaged) else 1
+    if isinstance(model.net, Averaged):  # explained one by one, by a layer's name in each of them
+        model = replace(model, net=model.net.members[0])
     spec = model.input
     if volume is not None:
         prepared = prepare(volume, model, at)
@@ -77,14 +82,9 @@ def inspect(
         "link": model.link,
         "licence": model.licence,
         "weights_sha256": model.weights_sha256,
-        "input": {
-            "modality": spec.modality,
-            "channels": spec.channels,
-            "axes": spec.axes,
-            "patch": None if spec.patch is None else list(spec.patch),
-            "spacing_mm": None if spec.spacing_mm is None else list(spec.spacing_mm),
-            "intensity": [[s.name, *(list(a) for a in s.arguments)] for s in spec.intensity],
-        },
+        "input": _input(spec),
+        **({"drift": list(model.drift)} if model.drift else {}),
+        **({"members": count} if count > 1 else {}),
         "tried_on": {"shape": list(shape), "spacing_mm": [round(s, 4) for s in spacing]},
         "spacing_known": volume is not None or spec.spacing_mm is not None,
         "candidates": [info.name for info in chosen],
@@ -93,6 +93,23 @@ def inspect(
         "bound": NORMAL,
         **({"gradient_free": blind} if blind else {}),
     }
+
+
+def _input(spec: InputSpec) -> dict[str, Any]:
+    return {
+        "modality": spec.modality,
+        "channels": spec.channels,
+        "axes": spec.axes,
+        "patch": None if spec.patch is None else list(spec.patch),
+        "spacing_mm": None if spec.spacing_mm is None else list(spec.spacing_mm),
+        "intensity": _intensity(spec),
+    }
+
+
+def _intensity(spec: InputSpec) -> str | list[list[Any]]:
+    if spec.recipe is not None or spec.recipe_on is not None:
+        return OWN_RECIPE
+    return [[s.name, *(list(a) for a in s.arguments)] for s in spec.intensity]
 
 
 def _layer(
@@ -151,7 +168,12 @@ def as_text(report: Mapping[str, Any]) -> str:
     takes = ", ".join(f"{k} {_plain(v)}" for k, v in report["input"].items())
     tried = "x".join(str(n) for n in report["tried_on"]["shape"])
     mm = "mm" if report["spacing_known"] else "mm at voxels of 1 mm"
-    lines = [*first, f"input: {takes}", ""]
+    lines = [*first, f"input: {takes}"]
+    if "drift" in report:
+        lines.append(f"steps of its own that are not done here: {'; '.join(report['drift'])}")
+    if "members" in report:
+        lines.append(f"members: {report['members']}, the layers are the first one's")
+    lines.append("")
     if "gradient_free" in report:
         ways = ", ".join(gradient_free.methods())
         return "\n".join([*lines, f"no layers ({report['gradient_free']}); methods: {ways}"])

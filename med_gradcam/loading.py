@@ -14,7 +14,7 @@ from med_gradcam import _plugins
 from med_gradcam.errors import ImageError, ModelError
 from med_gradcam.explanation import Explanation
 from med_gradcam.model import Model
-from med_gradcam.models import _trust
+from med_gradcam.models import _archive, _trust
 from med_gradcam.provenance import Source
 from med_gradcam.volume import Volume, digest, off_words, resampled, same_grid
 
@@ -245,6 +245,8 @@ def load_model(path: AnyPath, trust: str | Collection[str] = ()) -> Model:
         UntrustedModelError: its format needs more trust; the message says which, and its SHA-256.
     """
     text, words = str(path), _trust.agreed(trust)
+    if why := _archive.cut(text) if len(text) < _LONGEST else "":
+        raise ModelError(f"expected a whole model file, {Path(text).name!r} {why}; copy it again.")
     module = model_format(text)
     if module is not None:
         model: Model = module.load(text, words)

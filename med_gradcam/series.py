@@ -246,9 +246,10 @@ def notes(series: SeriesExplanation) -> list[str]:
     made = [e for e in series.maps if e is not None]
     chosen = f"class and layer are those of time point {series.leading + 1}, of the highest score"
     lines = [f"{chosen}; all maps on one scale"]
+    values = {(e.reference.kind, e.reference.value) for e in made}
     compared = dict.fromkeys(e.reference.words for e in made)
-    own = "each relative to its own reference" if len(compared) > 1 else "all relative to the same"
-    lines.append(f"{own}: {next(iter(compared))}" + " and so on" * (len(compared) > 1))
+    own = "each relative to its own reference" if len(values) > 1 else "all relative to the same"
+    lines.append(f"{own}: {next(iter(compared))}" + " and so on" * (len(values) > 1))
     lines.append(f"cost {sum(e.cost_in_forwards for e in made) + len(series.maps):g} forwards")
     told = dict.fromkeys(note for e in made for note in (*e.warnings, *e.provenance.notes))
     return [*lines, *(f"note: {w}" for w in told)]

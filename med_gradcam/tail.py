@@ -47,6 +47,7 @@ def at_rest(net: torch.nn.Module) -> Iterator[None]:
     with lock, torch.inference_mode(mode=False):  # no gradients exist in inference mode
         modes = [(m, m.training) for m in net.modules()]
         grads = [(p, p.requires_grad) for p in net.parameters()]
+        held = [(m, n, b, b.clone()) for m in net.modules() for n, b in _own_buffers(m)]
         try:
             for module, _ in modes:
                 module.training = False
@@ -58,6 +59,14 @@ def at_rest(net: torch.nn.Module) -> Iterator[None]:
                 module.training = mode
             for parameter, grad in grads:
                 parameter.requires_grad = grad
+            for module, name, buffer, before in held:  # counters, running statistics
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+                module._buffers[name] = buffer  # noqa: SLF001 - it may have been put aside
+
+
+def _own_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None]  # noqa: SLF001
 
 
 @dataclass(slots=True)

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from med_gradcam import _plugins, outcome, reference
+from med_gradcam import _plugins, gradient_free, members, outcome, reference
 from med_gradcam.capture import MEAN_WEIGHTS
 from med_gradcam.case import Case
+from med_gradcam.detection import Detector
 from med_gradcam.errors import UsageError
 from med_gradcam.explanation import Explanation
 from med_gradcam.geometry import Geometry
@@ -27,6 +28,7 @@ from med_gradcam.intake import provenance
 from med_gradcam.model import Model
 from med_gradcam.opening import check_one_layer, opened
 from med_gradcam.prepare import FLAGGED
+from med_gradcam.tail import INPUT
 from med_gradcam.target import Target, is_map
 from med_gradcam.target_region import output_grid
 from med_gradcam.tiling import Importance, tiles
@@ -128,8 +130,7 @@ def explain_whole(  # noqa: PLR0913 - as explain(); each setting is a key of the
     for name in settings:
         if name in _NOT_HERE:
             raise UsageError(f"expected no {name!r} with windows: {_NOT_HERE[name]}.")
-    if batch < 1 or most < 1:
-        raise UsageError(f"expected batch and most of at least 1, got {batch} and {most}.")
+    _check_kinds(batch, most, importance, within)
     plan = Plan(
         window, overlap, importance, aggregate, temperature, batch, skip_air, within, padding,
         most, apart_mm, keep_output,
@@ -138,6 +139,18 @@ def explain_whole(  # noqa: PLR0913 - as explain(); each setting is a key of the
     with opened(image, _whole_sized(model), given) as case, room_for_results() as room:
         _check(case)
         return _explained(case, plan, _patch(model, case, plan), room)
+
+
+def _check_kinds(batch: object, most: object, importance: object, within: object) -> None:
+    """Refuse settings of another kind before anything is run."""
+    if not all(isinstance(n, (int, np.integer)) and n >= 1 for n in (batch, most)):
+        raise UsageError(
+            f"expected whole numbers, at least 1, as batch and most, got {batch!r} and {most!r}."
+        )
+    if importance not in ("gaussian", "constant"):
+        raise UsageError(f"expected an importance of gaussian or constant, got {importance!r}.")
+    if within is not None and not isinstance(within, Volume):
+        raise UsageError(f"expected a Volume as the mask within, got {type(within).__name__}.")
 
 
 def _whole_sized(model: object) -> object:
@@ -163,7 +176,17 @@ def _patch(model: object, case: Case, plan: Plan) -> tuple[int, int, int]:
 
 
 def _check(case: Case) -> None:
-    """Refuse methods and layers whose maps cannot be added up over windows."""
+    """Refuse networks, methods and layers whose maps cannot be added up over windows."""
+    if isinstance(case.model.net, Detector):
+        raise UsageError(
+            "expected a classifier or a segmentation network with windows, got a detector, which "
+            "runs on the whole scan; explain it with a target such as box:1."
+        )
+    if members.is_one(case) and case.request.layer not in (INPUT, "input"):
+        raise UsageError(
+            f"expected the layer '@input' for the mean of several networks with windows, got "
+            f"{case.request.layer!r}: a layer belongs to one member only."
+        )
     check_one_layer(case, "windows")
     module = _plugins.load("methods", case.request.method)
     adds = module.UNIT == "score" and module.SIGNED and module.LEVEL == "layer"
@@ -284,7 +307,8 @@ def _explanation(
 def _said(scan: Scan, painter: Painter) -> list[str]:
     """What must be said beside the numbers."""
     case, every = scan.case, len(scan.windows.tiled)
-    notes = [*painter.warnings, *painter.notes]
+    notes = [*case.model.notes, *gradient_free.remarks(case.model.net)]
+    notes += [*painter.warnings, *painter.notes]
     notes += [n for n in case.prepared.notes if n.startswith(FLAGGED)]
     air = sum(why == AIR for why in scan.skipped.values())
     other = len(scan.skipped) - air

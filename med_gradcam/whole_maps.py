@@ -45,11 +45,8 @@ class WindowCase(Case):
 
     def traced(self) -> tuple[torch.Tensor, Trace]:
         """The window's input and the network's layers; a window may be the same everywhere."""
-        if self.known is None:
-            return Case.traced(self)
-        if self.x is None:
-            self.x = self.tensor(self.prepared.network_input())
-        return self.x, self.known
+        self.uniform = True  # the volume is not, which is looked at once
+        return Case.traced(self)
 
     def background(self, traced: Trace) -> ReferenceInput:
         """The reference of the window: its part of the whole scan's."""

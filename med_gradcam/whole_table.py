@@ -70,7 +70,7 @@ def notes(found: Whole) -> list[str]:
     ]
     if found.residual is not None:
         lines.append(
-            f"the windows' shares add up to the change of the score to {found.residual:.1g}"
+            f"the windows' maps add up to the change of the score but for {found.residual:.1g}"
         )
     for n, one in enumerate(found.candidates, start=1):
         share = f", {one.share:+.2f} of the volume's change" if one.share else ""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from med_gradcam.containers import exported, flat, script
+from med_gradcam.containers import exported, flat, program_facts, script
 from med_gradcam.errors import ModelError
 from med_gradcam.outputs import tensors
 
@@ -92,30 +94,69 @@ def why_closed(net: torch.nn.Module) -> str:
 def check_same(net: torch.nn.Module, x: torch.Tensor) -> float:
     """Make sure that an opened network gives what its source gives for `x`; once per shape.
 
+    Where a network holds programs as parts, each is looked at, with what arrives at it. After this
+    each program is known to be open or closed, so that every later run of it is the same.
     Returns the forwards that this took.
 
     Raises:
         ModelError: their outputs differ.
     """
     shape = tuple(x.shape)
-    if not _has_source(net) or shape in _CHECKED.setdefault(net, set()):
+    parts = [p for p in _programs(net) if shape not in _CHECKED.setdefault(p, set())]
+    if not parts:
         return 0.0
-    given: list[Any] = []
-    with torch.no_grad(), flat.listening(net, given):
-        ours = [t for _, t in tensors(net(x.clone()))]
-    if why_closed(net):
-        return 2.0
-    args, kwargs = given[0]
-    with torch.no_grad():
-        theirs = [t for _, t in tensors(_source_gives(net, args, kwargs))]
-    far = max(map(_apart, ours, theirs), default=0.0) if len(ours) == len(theirs) else 1.0
-    if not far <= CLOSE:
-        raise ModelError(
-            f"expected the opened network to give what its program gives, its output differs by "
-            f"{far:.2g} of the largest; load the network from its weights and its Python class."
-        )
-    _CHECKED[net].add(shape)
+    heard: list[list[Any]] = [[] for _ in parts]
+    gave: list[list[Any]] = [[] for _ in parts]
+    with torch.no_grad(), contextlib.ExitStack() as listens:
+        for part, given, out in zip(parts, heard, gave, strict=True):
+            listens.enter_context(flat.listening(part, given))
+            listens.callback(part.register_forward_hook(_keeping(out)).remove)
+        net(x.clone())
+    for part, given, out in zip(parts, heard, gave, strict=True):
+        if given and not why_closed(part):
+            args, kwargs = given[0]
+            _check_part(part, args, kwargs, out[0])
+            _CHECKED[part].add(shape)
     return 2.0
+
+
+def _programs(net: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The opened programs in a network, not those within one another."""
+    if _has_source(net):
+        yield net
+        return
+    for child in net.children():
+        yield from _programs(child)
+
+
+def _keeping(out: list[Any]) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: Any, made: Any) -> None:
+        del module, args
+        out.append([t.clone() for _, t in tensors(made)])  # a later part may write into it
+
+    return hook
+
+
+def _check_part(part: torch.nn.Module, args: Any, kwargs: Any, ours: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        theirs = [t for _, t in tensors(_source_gives(part, args, kwargs))]
+    far = max(map(_apart, ours, theirs), default=0.0) if len(ours) == len(theirs) else 1.0
+    if far <= max([CLOSE, *map(_rounding, theirs)]):
+        return
+    if program_facts.in_training(part):
+        raise ModelError(
+            "expected a program of a network in eval mode, it was made in training mode: its "
+            "dropout is always on; call net.eval() and export or trace it again."
+        )
+    raise ModelError(
+        f"expected the opened network to give what its program gives, its output differs by "
+        f"{far:.2g} of the largest; load the network from its weights and its Python class."
+    )
+
+
+def _rounding(value: torch.Tensor) -> float:
+    """What the steps of a coarse dtype may add up to: 0.02 for float16."""
+    return 20 * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
 
 
 def _has_source(net: torch.nn.Module) -> bool:

@@ -20,6 +20,8 @@ from med_gradcam.models import _trust
 _MOST_MEMBERS = 200_000
 _MOST_GROWTH = 100  # times the archive's own size; weights hardly shrink, programs tenfold
 _FREE = 1 << 24  # bytes that any archive may unpack to
+_ZIP = b"PK\x03\x04"
+_TORCH = (".ts", ".pt", ".pt2", ".pth")
 _MOST_TEXT = 1 << 28  # bytes of one program or pickle
 
 
@@ -33,6 +35,21 @@ def names(path: str) -> tuple[str, ...]:
             return tuple(name.partition("/")[2] for name in opened.namelist())
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return ()
+
+
+def cut(path: str) -> str:
+    """Why a file cannot be what torch writes: it is empty, or a zip archive without its end."""
+    there = Path(path)
+    try:
+        if not there.is_file():
+            return ""
+        with there.open("rb") as file:
+            begins = file.read(4)
+        if begins == _ZIP and not zipfile.is_zipfile(there):
+            return "is cut off: it begins as a zip archive and has no end"
+    except (OSError, ValueError):
+        return ""
+    return "is empty" if not begins and there.suffix.lower() in _TORCH else ""
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
+from med_gradcam.containers.program_facts import input_channels
 from med_gradcam.errors import ModelError
 from med_gradcam.model import InputSpec, Model
 from med_gradcam.models import _archive, _spec
 
 _METADATA = "extra/metadata.json"
 _ASSUMED = (
-    "nothing is known of the model beyond its program: {channels} input channel{s} (its first "
-    "weights), no labels, softmax assumed; say more in {name}.json beside it"
+    "nothing is known of the model beyond its program: {channels}, no labels, softmax assumed; say "
+    "more in {name}.json beside it"
 )
 
 
@@ -38,21 +39,20 @@ def model(net: torch.nn.Module, archive: _archive.Archive, path: str) -> Model:
         if beside.is_file():
             spec = _spec.read(beside)
             return _spec.model(net, spec, beside, archive.sha256)
-    channels = _channels(net)
-    note = _ASSUMED.format(channels=channels, s="" if channels == 1 else "s", name=there.name)
+    channels = input_channels(net)
+    note = _ASSUMED.format(channels=_said(channels), name=there.name)
     return Model(
         net=net,
-        input=InputSpec(channels=channels),
+        input=InputSpec(channels=channels or 1),
         weights_sha256=archive.sha256,
         notes=(note,),
     )
 
 
-def _channels(net: torch.nn.Module) -> int:
-    """Of the first weights that lie in space: (out, in, i, j, k)."""
-    spatial = (p for p in net.parameters() if p.ndim in (4, 5) and p.shape[1] > 0)
-    first = next(spatial, None)
-    return 1 if first is None else int(first.shape[1])
+def _said(channels: int | None) -> str:
+    if channels is None:
+        return "its input channels cannot be told from it (1 assumed)"
+    return f"{channels} input channel{'' if channels == 1 else 's'} (its first convolution)"
 
 
 def _metadata(archive: _archive.Archive) -> dict[str, Any] | None:
@@ -85,7 +85,7 @@ def _of_monai(net: torch.nn.Module, found: Mapping[str, Any], archive: _archive.
         return Model(
             net=net,
             input=InputSpec(
-                channels=int(ins.get("num_channels", _channels(net))),
+                channels=int(ins.get("num_channels", input_channels(net) or 1)),
                 modality=_modality(ins),
                 patch=_patch(ins),
             ),

@@ -5,6 +5,7 @@ Nothing named in them is imported: constructors are looked up in an allow-list o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,20 @@ def network(chosen: Configuration, channels: int, classes: int) -> tuple[Plan, B
         numbers.get("stem_channels"),
         None if narrow is None else _whole(numbers, "bottleneck_channels", count, where),
     )
+    _check_patch(chosen.content["patch_size"], plan.strides, where)
     return plan, _blocks(numbers)
+
+
+def _check_patch(patch: Sequence[object], strides: Sequence[Size], where: str) -> None:
+    """Refuse a patch whose maps could not be joined again on the way up."""
+    whole = [n for n in patch if isinstance(n, int) and _positive(n)]
+    total = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
+    if len(whole) != len(total) or any(n % t for n, t in zip(whole, total, strict=True)):
+        raise ModelError(
+            f"expected a patch_size of whole numbers that the product of the strides, "
+            f"{total}, divides in the {where} of plans.json, got {short(patch)}; use the plans of "
+            f"the same training."
+        )
 
 
 def _architecture(content: Json, where: str) -> tuple[str, Json]:

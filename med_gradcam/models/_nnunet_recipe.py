@@ -9,6 +9,7 @@ resize is scikit-image's (scipy.ndimage.zoom, grid_mode, mode "nearest").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ Bools = npt.NDArray[np.bool_]
 COARSE = 3.0  # voxels this much longer along one axis: resampled apart along it
 RIM = 12  # copies of the edge before the spline is fitted; its weights fall by 0.27 per voxel
 LEAST_SD = 1e-8
+MOST_NUMBERS = 2_000_000_000  # 8 GB as float32
 WIDE = 3e38  # no limit
 ORDERS = (0, 1, 3)
 SCHEMES = (
@@ -83,18 +85,17 @@ class NnunetRecipe:
         """The scan on the plan's voxels.
 
         Raises:
-            ImageError: the values do not fit a channel's scheme.
+            ImageError: the values do not fit a channel's scheme, or the plan's voxels are so small
+                that the scan would not fit into memory.
         """
         start, shape = box_of(array)
+        new = self._shape(len(array), shape, spacing_mm)
         inner = array[(slice(None), *(slice(s, s + n) for s, n in zip(start, shape, strict=True)))]
         raw = np.ascontiguousarray(inner, dtype=np.float32)
         masked = any(channel.masked for channel in self.channels)
         mask = filled((raw != 0).any(axis=0)) if masked else np.ones(raw.shape[1:], dtype=bool)
         applied = [applied_to(c, one, mask) for c, one in zip(self.channels, raw, strict=True)]
         exact = np.stack([normalised(a, one, mask) for a, one in zip(applied, raw, strict=True)])
-        sizes = zip(spacing_mm, self.spacing_mm, shape, strict=True)
-        new = tuple(max(1, round(old / wish * n)) for old, wish, n in sizes)
-        new = new if self.resample else shape
         notes = self._notes(array.shape[1:], shape, spacing_mm, new)
         if new != shape:
             axis = coarse_axis(spacing_mm, self.spacing_mm, self.apart)
@@ -106,6 +107,34 @@ class NnunetRecipe:
         a, b, c = first
         i, j, k = jump
         return Ready(raw, exact, (a, b, c), (i, j, k), _steps(applied), tuple(notes))
+
+    def _shape(
+        self, channels: int, shape: tuple[int, ...], spacing_mm: Sequence[float]
+    ) -> tuple[int, ...]:
+        """How many voxels of the plan's size cover the same extent.
+
+        Raises:
+            ImageError: too many, or the weights of one axis would be.
+        """
+        if not self.resample:
+            return shape
+        sizes = zip(spacing_mm, self.spacing_mm, shape, strict=True)
+        wished = [max(1.0, old / wish * n) for old, wish, n in sizes]
+        # One axis is resampled after the other: between them is the larger of both sizes.
+        most = channels * math.prod(map(max, wished, shape))
+        matrices = [2 * new * (old + 2 * RIM) for new, old in zip(wished, shape, strict=True)]
+        most = max(most, *matrices)  # these are float64
+        if most > MOST_NUMBERS:
+            old_mm, new_mm = (
+                " x ".join(f"{s:g}" for s in mm) for mm in (spacing_mm, self.spacing_mm)
+            )
+            raise ImageError(
+                f"expected a scan of at most {MOST_NUMBERS:,} numbers on the model's voxels of "
+                f"{new_mm} mm, got {most:.3g} (voxels of {old_mm} mm, {channels} x "
+                f"{' x '.join(map(str, shape))}); check the spacing of the scan and of the model's "
+                f"plans.json, or crop the scan."
+            )
+        return tuple(round(n) for n in wished)
 
     def _notes(
         self,

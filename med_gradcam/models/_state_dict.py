@@ -15,17 +15,22 @@ from med_gradcam.errors import ModelError
 from med_gradcam.models import _archive, _pickles
 from med_gradcam.running import first_line
 
-# Training loops store the loss or the epoch as numpy's own numbers.
-_NUMPY: list[Any] = [
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]  # noqa: SLF001 - its pickled name
-    np.dtype,
-    codecs.encode,
-    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdg"),
-]
+_SHOWN = 4
 
 
-def data(archive: _archive.Archive) -> Any:
+def _numpy() -> list[Any]:
+    """What numpy's own numbers (a loss, an epoch) are pickled as, by numpy 1 and numpy 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    kinds = [getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")]
+    plain = [kind for kind in kinds if kind is not np.dtypes.ObjectDType]
+    return [*named, np.dtype, codecs.encode, *plain]
+
+
+def data(archive: _archive.Archive, where: str = "") -> Any:
     """What a checkpoint holds, if that is tensors, numbers, texts and containers of them.
+
+    `where`: what an error calls the file; its name, if nothing is said.
 
     Raises:
         ModelError: it names anything else, or its tensors do not fit the bytes that are there.
@@ -35,20 +40,22 @@ def data(archive: _archive.Archive) -> Any:
         for name, size in archive.sizes.items()
         if name.startswith("data/")
     }
-    raw = archive.text("data.pkl")
-    strange = _pickles.globals_of(raw, sizes, archive.name, _pickles.is_data)
+    where = where or archive.name
+    strange = _pickles.globals_of(archive.text("data.pkl"), sizes, where, _pickles.is_data)
     if strange:
+        more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
         raise ModelError(
-            f"expected plain tensors and numbers in {archive.name!r}, it names "
-            f"{', '.join(strange[:4])}, which could run code; save state_dict() alone."
+            f"expected plain tensors and numbers in {where!r}, it names "
+            f"{', '.join(strange[:_SHOWN])}{more}, which could run code; nothing of it was read; "
+            f"save the weights (state_dict()) and plain numbers alone."
         )
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMPY):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy()):
             warnings.simplefilter("ignore")
             return torch.load(archive.anew(), map_location="cpu", weights_only=True)  # noqa: TID251 - nothing runs
     except Exception as error:
         raise ModelError(
-            f"expected plain tensors and numbers in {archive.name!r}, torch cannot read them: "
+            f"expected plain tensors and numbers in {where!r}, torch cannot read them: "
             f"{first_line(error)}."
         ) from error
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from med_gradcam.errors import MedGradcamError, ModelError
 from med_gradcam.model import Model
-from med_gradcam.models import _archive, _nnunet_input, _nnunet_plans, _pickles
+from med_gradcam.models import _archive, _nnunet_input, _nnunet_plans, _state_dict
 from med_gradcam.models._averaged import UNMIRRORED, Averaged
 from med_gradcam.models._nnunet_net import UNet
 from med_gradcam.models._nnunet_plans import Json, need, short
@@ -28,6 +26,7 @@ from med_gradcam.running import first_line
 
 TITLE = "nnU-Net v2 result folder (plans.json, dataset.json, fold_*), nothing is executed"
 _FOLD = re.compile(r"fold_(\d+|all)")
+_JSON = ("plans.json", "dataset.json")
 _FILES = ("checkpoint_final.pth", "checkpoint_best.pth")
 _TRAINED = re.compile(r".+__.+__(.+)")  # trainer, plans, configuration
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
@@ -35,8 +34,11 @@ _SHOWN = 4
 
 
 def sniff(path: str) -> bool:
-    """Whether the path is a trainer's result folder, one of its folds, or the folder above it."""
-    return _root(Path(path)) is not None
+    """Whether the path is a trainer's result folder, one of its folds, or the folder above it.
+
+    One that lacks plans.json or dataset.json, too: load says which.
+    """
+    return any(_complete(f) or _begun(f) for f in _folders(Path(path)))
 
 
 def load(path: str, trust: Collection[str] = ()) -> Model:
@@ -47,9 +49,10 @@ def load(path: str, trust: Collection[str] = ()) -> Model:
     """
     del trust  # nothing here needs any
     there = Path(path)
-    root = _root(there)
+    folders = _folders(there)
+    root = next((folder for folder in folders if _complete(folder)), None)
     if root is None:
-        raise ModelError(f"expected plans.json and dataset.json of nnU-Net in {there.name!r}.")
+        raise ModelError(_lacking(next(filter(_begun, folders), there)))
     try:
         return _model(root, there)
     except MedGradcamError as error:
@@ -86,21 +89,37 @@ def _model(root: Path, there: Path) -> Model:
     )
 
 
-def _root(there: Path) -> Path | None:
-    """The folder with plans.json: this one, the one above a fold, or one trained 3d_fullres."""
+def _folders(there: Path) -> list[Path]:
+    """Where plans.json may lie: here, in the folder above a fold, or in one trained 3d_fullres."""
     if not there.is_dir():
-        return None
+        return []
     here = [there, there.parent] if _FOLD.fullmatch(there.name) else [there]
     trained = {
         match[1]: child
         for child in sorted(there.iterdir())
         if (match := _TRAINED.fullmatch(child.name)) and child.is_dir()
     }
-    here += [trained[name] for name in _nnunet_plans.KNOWN if name in trained]
-    for folder in here:
-        if all((folder / name).is_file() for name in ("plans.json", "dataset.json")):
-            return folder
-    return None
+    return here + [trained[name] for name in _nnunet_plans.KNOWN if name in trained]
+
+
+def _complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _JSON)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether one of nnU-Net's files is there: one JSON, or a fold's checkpoint."""
+    if any((folder / name).is_file() for name in _JSON):
+        return True
+    folds = (f for f in folder.iterdir() if _FOLD.fullmatch(f.name))
+    return any((fold / name).is_file() for fold in folds for name in _FILES)
+
+
+def _lacking(folder: Path) -> str:
+    missing = [name for name in _JSON if not (folder / name).is_file()]
+    return (
+        f"expected {' and '.join(_JSON)} of nnU-Net in {folder.name!r}, found no "
+        f"{' and no '.join(missing)}; copy the trainer's whole result folder."
+    )
 
 
 def _json(path: Path) -> Json:
@@ -153,23 +172,7 @@ def _fold(path: Path) -> Fold:
     if "data.pkl" not in _archive.names(str(path)):
         raise ModelError(f"expected a checkpoint as torch.save writes it in {where}.")
     archive = _archive.read(str(path))
-    sizes = {name.removeprefix("data/"): n for name, n in archive.sizes.items() if "data/" in name}
-    strange = _pickles.globals_of(archive.text("data.pkl"), sizes, where, _pickles.is_data)
-    if strange:
-        more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
-        raise ModelError(
-            f"expected a checkpoint of numbers and tensors alone in {where}, it names "
-            f"{', '.join(strange[:_SHOWN])}{more}, which could run code; nothing of it was read."
-        )
-    try:
-        with torch.serialization.safe_globals(_numpy()):
-            found: Any = torch.load(  # noqa: TID251 - as data: nothing in it is called
-                archive.anew(), map_location="cpu", weights_only=True
-            )
-    except (RuntimeError, ValueError, TypeError, pickle.UnpicklingError, EOFError) as error:
-        raise ModelError(
-            f"expected a readable checkpoint, {where}: {first_line(error)}."
-        ) from error
+    found: Any = _state_dict.data(archive, where)
     if not isinstance(found, dict) or not isinstance(found.get("network_weights"), dict):
         keys = ", ".join(map(str, list(found)[:_SHOWN])) if isinstance(found, dict) else ""
         raise ModelError(
@@ -177,14 +180,6 @@ def _fold(path: Path) -> Fold:
             f"{keys or type(found).__name__}; checkpoints of another version cannot be read."
         )
     return Fold(path.parent.name, where, found, archive.sha256)
-
-
-def _numpy() -> list[Any]:
-    """What a number of numpy's is pickled as; the older name too."""
-    kinds = [getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")]
-    scalar = np.float64(0).__reduce__()[0]
-    named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    return [*named, np.dtype, *(kind for kind in kinds if kind is not np.dtypes.ObjectDType)]
 
 
 def _trained(root: Path, folds: Sequence[Fold]) -> str | None:

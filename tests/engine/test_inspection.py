@@ -72,3 +72,18 @@ def test_inspect_leaves_it_compiled() -> None:
 def test_a_bare_module_is_no_model() -> None:
     with pytest.raises(ModelError, match=r"expected a Model \(med_gradcam\.load_model\)"):
         inspection.inspect(_compiled())
+
+
+def test_a_recipe_and_what_it_leaves_out_are_named() -> None:
+    def own(array: Any, spacing_mm: Any) -> Any:
+        raise AssertionError((array, spacing_mm))  # nothing is prepared here
+
+    for given in ({"recipe": own}, {"recipe_on": lambda grid: own}):
+        spec = mg.InputSpec(patch=(16, 16, 16), **given)
+        report = mg.inspect(mg.Model(_net(), spec, drift=("Mine", "Other")))
+        said = inspection.as_text(report)
+        assert "intensity the model's own recipe" in said
+        assert "steps of its own that are not done here: Mine; Other\n" in said
+    plain = inspection.as_text(mg.inspect(mg.Model(_net(), mg.InputSpec(patch=(16, 16, 16)))))
+    assert "intensity none" in plain
+    assert "not done here" not in plain

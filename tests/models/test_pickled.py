@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 import med_gradcam as mg
 from med_gradcam.errors import ModelError, UntrustedModelError
+from med_gradcam.models import _archive, _state_dict
 from tests.hostile.attacks import Small
 from tests.tiny import LAYERS, build, save_model, spec
 
@@ -44,6 +46,22 @@ def test_a_state_dict_beside_a_spec(tmp_path: Path) -> None:
 def test_a_checkpoint_with_numpys_numbers(tmp_path: Path, key: str) -> None:
     numbers = {"loss": np.float64(0.25), "epoch": np.int64(3), "best": np.bool_(True)}
     made = folder(tmp_path, {key: weights(), **numbers})
+    assert len(mg.load_model(made).net.state_dict()) == len(weights())
+
+
+def test_a_checkpoint_written_under_numpy_1(tmp_path: Path) -> None:
+    numbers = {"loss": np.float64(0.25), "epoch": np.int64(3), "best": np.bool_(True)}
+    made = folder(tmp_path, {"state_dict": weights(), **numbers})
+    with zipfile.ZipFile(made / "weights.pt") as old:
+        held = {info.filename: old.read(info) for info in old.infolist()}
+    (pickled,) = (name for name in held if name.endswith("data.pkl"))
+    assert b"cnumpy._core.multiarray\nscalar\n" in held[pickled]
+    held[pickled] = held[pickled].replace(b"cnumpy._core.", b"cnumpy.core.")
+    with zipfile.ZipFile(made / "weights.pt", "w") as new:
+        for name, raw in held.items():
+            new.writestr(name, raw)
+    found = _state_dict.data(_archive.read(str(made / "weights.pt")))
+    assert {key: found[key] for key in numbers} == numbers
     assert len(mg.load_model(made).net.state_dict()) == len(weights())
 
 
