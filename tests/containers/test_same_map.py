@@ -82,7 +82,8 @@ def test_the_layer_that_auto_takes(name: str, container: str) -> None:
     if (
         container not in FOLDED and not ALL[name].called
     ):  # there a norm is a part of its convolution, which is taken for it
-        assert found.layer == wanted.layer
+        # In a program the end of a module is named, too, that puts out more than one tensor.
+        assert found.layer == wanted.layer or wanted.layer.startswith(f"{found.layer}.")
     assert architectures.apart(found, wanted) <= (ROUNDED if container in FOLDED else EXACT)
 
 
