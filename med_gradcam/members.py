@@ -35,7 +35,7 @@ from med_gradcam.secant.rules import NoRuleError
 from med_gradcam.tail import INPUT
 from med_gradcam.target import Target
 
-_PREFIX = re.compile(r"(?<![\w.])members\.\d+\.")  # a member's layer, as the network as a whole names it
+_PREFIX = re.compile(r"(?<![\w.])members\.\d+\.")  # a member's layer in the whole
 SAME_MM = 1e-6  # cells this close to each other are the same
 NO_SHARE = 0.01  # of the score's change that may be missing before the result says so
 
